@@ -1,0 +1,1103 @@
+"""CLIP-PGS: contrastive language-image pre-training on the half of the patches that matters, in one file.
+
+    torchrun clip_pgs.py --mask pgs --ratio 0.5                          the demo: makes its data, minutes on a CPU
+    torchrun --nproc_per_node 8 clip_pgs.py --data 'cc12m/{00000..01242}.tar' --mask pgs --ratio 0.5 --val imagenet/
+    python clip_pgs.py --show-masks photo.jpg --ratio 0.5                what each mask leaves of a photograph
+    python clip_pgs.py --help                                            every option, its default and meaning
+
+CLIP trains an image and a text encoder so that a photograph and its caption get similar features. Most of the cost
+is the image encoder, and most patches of an image repeat their neighbours. Five masks choose which patches it sees:
+none (CLIP), random (FLIP), cluster (E-CLIP), attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025,
+arXiv 2503.17080), which is what this file is about.
+
+The story, top to bottom: Config, masks, model, loss, optimizer and schedule, checkpoint, pictures, training, main.
+Shards, images and tokens come from data.py; evaluate.py measures what was learned.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import Counter, OrderedDict
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+
+# -----------------------------------------------------------------------------
+# Config. The one place for every knob: a field is a default, an option of the command line, and what the checkpoint
+# stores. "Release" is the code that the authors of CLIP-PGS published; its recipe for CC12M is the default here.
+
+
+def knob(default, meaning):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class Config:
+    """The paper's run: ViT-B-16 at 224 on CC12M."""
+    # data
+    data: tuple = knob((), "training shards: paths, globs, brace ranges; none: the demo draws its own")
+    val: tuple = knob((), "folders to evaluate after every epoch, in CLIP_benchmark's layout")
+    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it the merges are learned from the captions")
+    vocab_size: int = knob(49408, "vocabulary size, at most, when the merges are learned (CLIP's)")
+    max_bad: float = knob(0.1, "share of shards or samples that may be broken before the run stops (ours)")
+    # model
+    model: str = knob("ViT-B-16", "model size: ViT-B-16, ViT-S-16, ViT-L-16 or demo")
+    image_size: int = knob(224, "side of the square input, pixels")
+    patch_size: int = knob(16, "side of a patch, pixels")
+    context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)")
+    quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) for GELU, as in OpenAI's own weights")
+    # mask
+    mask: str = knob("pgs", "which patches to remove: none, random, cluster, attentive or pgs")
+    ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image picks its own in between")
+    edges: bool = knob(True, "pgs: propose patches without edges; off: any (the paper's ablation)")
+    transport: bool = knob(True, "pgs: balance the similarity by optimal transport (the paper's ablation)")
+    ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112; 0: that of the image (A-CLIP)")
+    unmasked_epochs: float = knob(0.0, "train the last so many epochs on whole images (FLIP's unmasked tuning)")
+    # optimization
+    batch_size: int = knob(512, "images a rank and forward pass (release: 8 x 512 = 4096 in all)")
+    accum: int = knob(1, "forward passes a step: the exact update of a batch so many times as large")
+    epochs: int = knob(32, "passes over the data (paper)")
+    steps: int = knob(0, "stop after so many optimizer steps instead; 0: epochs decide")
+    lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
+    warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of a run")
+    weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
+    betas: tuple = knob((0.9, 0.98), "AdamW's two averages (CLIP, for ViT)")
+    eps: float = knob(1e-6, "AdamW's epsilon (CLIP, for ViT)")
+    scale: tuple = knob((0.9, 1.0), "area of the random crop, a share of the image (open_clip)")
+    # run
+    seed: int = knob(0, "fixes the weights at the start, the order of the data, the crops and the masks")
+    workers: int = knob(4, "processes a rank that read and decode; 0: none but the rank itself")
+    out: str = knob("out", "folder for ckpt.pt, log.jsonl and masks.png")
+    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one")
+    keep: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
+    resume: str = knob("", "checkpoint to go on from; alone: that in --out, or a fresh start if there is none")
+    force: bool = knob(False, "resume although an option that changes the result is another than before")
+    grad_checkpointing: bool = knob(False, "compute activations twice to store them never: less memory, same loss")
+    show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
+
+
+# Sizes of both towers. Heads are 64 wide, as in every CLIP ViT. B and L are CLIP's (Radford et al. 2021, table 20);
+# S pairs DeiT's small ViT with a text tower of its width.
+SIZES = {
+    "ViT-B-16": dict(embed_dim=512, width=768, layers=12, text_width=512, text_layers=12),
+    "ViT-S-16": dict(embed_dim=384, width=384, layers=12, text_width=384, text_layers=12),
+    "ViT-L-16": dict(embed_dim=768, width=1024, layers=24, text_width=768, text_layers=12),
+    "demo": dict(embed_dim=128, width=128, layers=4, text_width=128, text_layers=2),
+}
+HEAD_WIDTH = 64
+
+# What the demo changes, tuned together with its data on 2 CPU cores.
+DEMO = dict(model="demo", image_size=64, patch_size=8, context_length=24, vocab_size=1024, batch_size=256, epochs=6,
+            lr=2e-3, warmup=50, workers=1, val=("demo/seen", "demo/unseen", "demo/retrieval"))
+
+
+def check(config):
+    """ValueError with one line for the first option whose value cannot work."""
+    if config.model not in SIZES:
+        raise ValueError(f"--model {config.model}: choose one of {', '.join(SIZES)}")
+    if config.mask not in MASKS:
+        raise ValueError(f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
+    check_ratio(config.ratio)
+    if config.ema_size % max(1, config.patch_size):
+        raise ValueError(f"--ema-size {config.ema_size}: must be a multiple of --patch-size {config.patch_size}")
+    if config.patch_size < 1 or config.image_size < 1 or config.image_size % config.patch_size:
+        raise ValueError(f"--patch-size {config.patch_size}: must divide --image-size {config.image_size}")
+    for name in ("batch_size", "accum", "epochs", "context_length", "vocab_size", "save_every"):
+        least = {"context_length": 3, "vocab_size": 514}.get(name, 1)
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    for name in ("steps", "warmup", "workers", "lr", "weight_decay", "eps", "max_bad", "seed", "ema_size",
+                 "unmasked_epochs"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+    if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
+        raise ValueError(f"--scale {config.scale}: two numbers, 0 < low <= high <= 1")
+    if not (len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)):
+        raise ValueError(f"--betas {config.betas}: two numbers, at least 0 and below 1")
+
+
+# -----------------------------------------------------------------------------
+# Masks. Each answers one question: which patches does the encoder get to see?
+
+MASKS = ("none", "random", "cluster", "attentive", "pgs")
+ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
+CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
+
+
+def check_ratio(ratio):
+    """ValueError unless `ratio` is one share of patches or a range of two, each in [0, 1)."""
+    if len(ratio) not in (1, 2):
+        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: one number, or two for a range")
+    for share in ratio:
+        if not 0 <= share < 1:
+            raise ValueError(f"--ratio {share}: must be at least 0 and below 1, the share of patches to remove")
+    if ratio[0] > ratio[-1]:
+        raise ValueError(f"--ratio {ratio[0]} {ratio[-1]}: the range must go from low to high")
+
+
+def patchify(images, patch_size):
+    """(B, 3, H, W) -> (B, L, 3*P*P): patches row by row, each as channel, row, column like conv1's weights."""
+    B, C, H, W = images.shape
+    P = patch_size
+    if H % P or W % P:
+        raise ValueError(f"--patch-size {P}: does not divide images of {H}x{W}")
+    patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
+    return patches.reshape(B, H // P * (W // P), C * P * P)
+
+
+def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
+    """Cosine similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
+
+    Pixels of a patch are first brought to zero mean and unit variance (E-CLIP: contrast must not matter). With
+    `embeddings` (B, L, D), the patch projections, it is (1 - alpha) * pixels + alpha * embeddings.
+    """
+    pixels = patchify(images.float(), patch_size)
+    pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself takes care of the variance
+    # A patch of one flat colour is now zero up to rounding noise, which a cosine would blow up. One more, tiny,
+    # equal coordinate outweighs the noise: flat patches become similar to each other, others hardly change.
+    S = _cosine(F.pad(pixels, (0, 1), value=1e-3))
+    if embeddings is None or alpha == 0:
+        return S
+    return (1 - alpha) * S + alpha * _cosine(embeddings.float())
+
+
+def _cosine(x):
+    z = F.normalize(x, dim=-1)                            # (B, L, D)
+    return z @ z.transpose(1, 2)                          # (B, L, L)
+
+
+def sobel_edges(images, patch_size=16):
+    """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
+
+    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros. ValueError if
+    H or W is not a multiple of patch_size. CLIP-PGS, edge detection; the released code differs (README).
+    """
+    # De-normalising is x * std + mean, and the gradient does not see the mean.
+    weight = images.new_tensor((0.299, 0.587, 0.114)) * images.new_tensor(data.STD)
+    luminance = (images * weight.view(1, 3, 1, 1)).sum(1, keepdim=True)     # (B, 1, H, W)
+    # Nor does it see any other offset; without one, flat stays exactly zero instead of the kernels' rounding noise.
+    luminance = luminance - luminance[..., :1, :1]
+    kernel_x = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
+    gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
+    magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
+    edges = patchify(magnitude, patch_size).mean(-1)                        # (B, L)
+    edges = edges - edges.amin(1, keepdim=True)
+    return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
+
+
+def sinkhorn(similarity, eps=0.05, iterations=20):
+    """The doubly stochastic matrix nearest (in KL) to exp(similarity / eps): (B, L, L) -> (B, L, L), float32.
+
+    Optimal transport with uniform marginals, rows and columns sum to 1 (Cuturi 2013). The answer is
+    diag(u) K diag(v) with u = 1 / (K v) and v = 1 / (K^T u). Where K is symmetric, so is the answer, and it is
+    unique: u = v up to a factor. One vector u with u * (K u) = 1 is left to find. The plain step u <- 1 / (K u)
+    swings between two answers; its geometric mean with u converges, the error halving at least with every step.
+    """
+    with torch.autocast(similarity.device.type, enabled=False):
+        kernel = ((similarity.float() - 1) / eps).exp()   # entries up to 1: the factor exp(1 / eps) is u's to find
+        u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
+        for _ in range(iterations):
+            u = (u / (kernel @ u)).sqrt()
+        return u * kernel * u.transpose(-1, -2)
+
+
+def remove(score, ratio, noise, count=None):
+    """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
+
+    How many go is the number of scores above 0.5, clamped to the range `ratio`, unless `count` (B,) says it. E-CLIP
+    searches one threshold for the whole data set instead; ranks in each image do the same job with a static shape.
+    `noise` (B, L) decides between equal scores, so that ties do not always cost the bottom of the picture.
+    """
+    B, L = score.shape
+    low, high = (min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
+    order = (score + 1e-5 * noise).argsort(1, descending=True)
+    rank = order.argsort(1)                                          # (B, L) 0 for the first to go
+    if low == high:
+        keep = (rank < low).byte().argsort(dim=1, stable=True)[:, :L - low]  # False before True, indices stay sorted
+        return keep, None
+    if count is None:
+        count = (score > 0.5).sum(1).clamp(low, high)                # (B,)
+    # K is static, the most that any image may keep: asking for the true maximum would make the CPU wait for the GPU.
+    keep = (rank < count[:, None]).byte().argsort(dim=1, stable=True)[:, :L - low]
+    valid = torch.arange(L - low, device=score.device) < (L - count)[:, None]
+    return keep, valid
+
+
+def cluster_score(similarity, noise):
+    """(B, L): the similarity to the nearest of a few random anchor patches (E-CLIP, Wei et al., CVPR 2024)."""
+    num_anchors = max(1, round(ANCHORS * noise.shape[1]))
+    anchors = noise.topk(num_anchors).indices                        # (B, A)
+    return _rows(similarity, anchors).amax(1)
+
+
+def pgs_candidates(edges, noise):
+    """(B, C) indices: a few patches to propose for removal, the lowest `noise + edges` (CLIP-PGS, generation).
+
+    Flat regions are proposed, outlines rarely, and not the same ones every time.
+    """
+    return (noise + edges).topk(max(1, round(CANDIDATES * noise.shape[1])), largest=False).indices
+
+
+def pgs_score(similarity, candidates, transport=True):
+    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection)."""
+    if transport:
+        similarity = similarity + sinkhorn(similarity)
+    return _rows(similarity, candidates).amax(1)
+
+
+def _rows(matrix, rows):
+    return matrix.gather(1, rows[..., None].expand(-1, -1, matrix.shape[2]))
+
+
+@torch.no_grad()
+def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
+              attention=None, edges=True, transport=True):
+    """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
+
+    name: one of MASKS. ratio: the share of patches REMOVED, (r,) exactly or (low, high) with the number chosen per
+    image; then K is the most an image may keep, real slots come first and `valid` tells them. Randomness comes from
+    `noise` (B, L + 1) uniform in [0, 1), or else from `generator`. cluster and pgs compare pixels, and patch
+    `embeddings` (B, L, D) by the share `alpha`. attentive needs `attention` (B, L), see `class_attention`. pgs can
+    do without `edges` or `transport`, the paper's ablation.
+    An image's mask does not depend on the other images of its batch. ValueError for an unknown name or a bad ratio.
+    """
+    if name not in MASKS:
+        raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
+    check_ratio(ratio)
+    B, _, H, W = images.shape
+    L = H // patch_size * (W // patch_size)
+    if name == "none":
+        return torch.arange(L, device=images.device).expand(B, L), None
+    if noise is None:
+        noise = torch.rand(B, L + 1, generator=generator, device=images.device)
+    noise, spare = noise[:, :L], noise[:, L]
+
+    with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) are no place for bf16
+        if name == "random":  # FLIP, Li et al., CVPR 2023
+            low, high = (min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
+            return remove(noise, ratio, noise, count=low + (spare * (high - low + 1)).long())
+        if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
+            if attention is None:
+                raise ValueError("--mask attentive: needs the attention of an EMA encoder")
+            # Above 0.5 where a patch gets less than its even share of the class token's attention.
+            score = 1 / (1 + attention / attention.mean(1, keepdim=True))
+            return remove(score, ratio, noise)
+        similarity = patch_similarity(images, patch_size, embeddings, alpha)
+        if name == "cluster":
+            return remove(cluster_score(similarity, noise), ratio, noise)
+        candidates = pgs_candidates(sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise), noise)
+        # 1 - noise: among equal scores the candidates, where noise was low, are the first to go.
+        return remove(pgs_score(similarity, candidates, transport), ratio, 1 - noise)
+
+
+# -----------------------------------------------------------------------------
+# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and open_clip, so
+# that weights load strictly in both directions.
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU in OpenAI's weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.num_heads = width // HEAD_WIDTH
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def heads(self, x):
+        """(B, K, D) -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
+        B, K, _ = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def mix(self, q, k, v, valid=None, causal=False):
+        """Values averaged by attention, (B, Q, D) for Q queries. valid (B, K): slots that may be attended to."""
+        hidden = None if valid is None else valid[:, None, None, :]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, width, quick_gelu):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x, valid=None, causal=False, first_only=False):
+        q, k, v = self.attn.heads(self.ln_1(x))
+        if first_only:  # only the first token's output is wanted: it still sees all the others
+            x, q = x[:, :1], q[:, :, :1]
+        x = x + self.attn.mix(q, k, v, valid, causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, config, width, layers):
+        super().__init__()
+        self.grad_checkpointing = config.grad_checkpointing
+        self.resblocks = nn.ModuleList(Block(width, config.quick_gelu) for _ in range(layers))
+        # Initialised as CLIP does its text tower: the sum over all residual branches keeps the scale of one.
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.zeros_(block.attn.out_proj.bias)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+
+    def run(self, block, x, valid=None, **options):
+        """One block; with gradient checkpointing its activations are computed again on the way back."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, valid, use_reentrant=False, **options)
+        return block(x, valid, **options)
+
+
+class VisionTransformer(nn.Module):
+    """The image tower (Dosovitskiy et al., ICLR 2021), which embeds and encodes only the patches that it is given."""
+
+    def __init__(self, config, width, layers, embed_dim):
+        super().__init__()
+        self.patch_size = config.patch_size
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(num_patches + 1, width) * width ** -0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(config, width, layers)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
+
+    def project(self, patches):
+        """Patch projections (B, K, D) of patches (B, K, 3*P*P): conv1, but for any subset of its positions."""
+        return F.linear(patches, self.conv1.weight.flatten(1))
+
+    def embed(self, images, keep=None):
+        """The tokens of the class and of the patches `keep` (B, K), positions added: (B, 1 + K, D)."""
+        patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
+        if keep is None and patches.shape[1] != len(position):  # another resolution: stretch the grid of positions
+            side, wanted = math.isqrt(len(position)), images.shape[-1] // self.patch_size
+            position = position.T.view(1, -1, side, side)
+            position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
+            position = position[keep]                                # (B, K, D)
+        x = self.project(patches) + position
+        first = self.class_embedding + self.positional_embedding[0]
+        return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
+
+    def forward(self, images, keep=None, valid=None):
+        x = self.embed(images, keep)
+        if valid is not None:
+            valid = F.pad(valid, (1, 0), value=True)                 # (B, 1 + K) the class token is always real
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = self.transformer.run(block, x, valid)
+        x = self.transformer.run(last, x, valid, first_only=True)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Two towers and a temperature. `config.vocab_size` is that of the tokenizer."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = SIZES[config.model]
+        width, embed_dim = size["text_width"], size["embed_dim"]
+        self.visual = VisionTransformer(config, size["width"], size["layers"], embed_dim)
+        self.transformer = Transformer(config, width, size["text_layers"])
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, images, keep=None, valid=None):
+        """Features (B, D), not normalised. images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
+
+        With `valid` (B, K), the slots that are not real have no influence. Images are then encoded in a few groups
+        of similar length: the cost is that of the kept patches, rounded up to the longest of each group.
+        """
+        if valid is None:
+            return self.visual(images, keep)
+        groups = similar_lengths(valid.sum(1), limit=valid.shape[1])
+        features = [self.visual(images[rows], keep[rows, :K], valid[rows, :K]) for rows, K in groups]
+        return torch.cat(features)[torch.cat([rows for rows, _ in groups]).argsort()]
+
+    def encode_text(self, tokens):
+        """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
+
+        Captions are encoded in a few groups of similar length, cut to the longest of each. That is exact, because
+        causal attention never looks beyond <end>. Tokens may stay on the CPU, where their lengths are known at once.
+        """
+        groups = similar_lengths(tokens.argmax(1) + 1, limit=tokens.shape[1])
+        features = [self._encode_text(tokens[rows, :T]) for rows, T in groups]
+        return torch.cat(features)[torch.cat([rows for rows, _ in groups]).argsort().to(features[0].device)]
+
+    def _encode_text(self, tokens):
+        tokens = tokens.to(self.text_projection.device, non_blocking=True)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        for block in self.transformer.resblocks:
+            x = self.transformer.run(block, x, causal=True)
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(1)]     # (B, D)
+        return self.ln_final(x) @ self.text_projection
+
+    def forward(self, images, tokens, keep=None, valid=None):
+        return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
+
+
+def similar_lengths(lengths, limit, groups=4):
+    """Splits a batch into groups of similar length: a list of (rows, longest), longest rounded up to 8.
+
+    A large batch nearly always holds one caption of the full length, though the mean is a third of it: cutting to
+    the longest of the batch gains nothing, cutting to the longest of each quarter gains most of it.
+    """
+    order = lengths.argsort(stable=True)
+    parts = order.chunk(min(groups, max(1, len(order) // 32)))  # smaller groups would not fill the hardware
+    longest = lengths[torch.stack([rows[-1] for rows in parts])].tolist()  # one wait for the device, not one a group
+    return [(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(parts, longest)]
+
+
+# -----------------------------------------------------------------------------
+# The EMA encoder of the attentive mask.
+
+
+@torch.no_grad()
+def class_attention(visual, images, size=0):
+    """How much the class token attends to each patch, averaged over layers and heads: (B, L), rows sum to below 1.
+
+    A-CLIP's score. Only the class token's row of each attention map is formed, and the last layer ends there. With
+    `size`, the encoder looks at images of that side, a multiple of the patch (A-CLIP's efficient version).
+    """
+    grid = images.shape[-1] // visual.patch_size
+    if size:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    x = visual.embed(images)
+    total = 0
+    for block in visual.transformer.resblocks:
+        q, k, v = block.attn.heads(block.ln_1(x))
+        row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, 1 + L)
+        total = total + row[:, :, 0, 1:].mean(1)                                           # (B, L)
+        if block is not visual.transformer.resblocks[-1]:
+            x = x + block.attn.mix(q, k, v)
+            x = x + block.mlp(block.ln_2(x))
+    attention = total / len(visual.transformer.resblocks)
+    if size:
+        side = size // visual.patch_size
+        attention = F.interpolate(attention.view(-1, 1, side, side), (grid, grid), mode="bilinear").flatten(1)
+    return attention
+
+
+@torch.no_grad()
+def update_ema(ema, model, progress):
+    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
+    momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - momentum)
+
+
+# -----------------------------------------------------------------------------
+# Loss.
+
+
+class Gather(torch.autograd.Function):
+    """(B, D) of each rank -> (world_size * B, D) on all. dist.all_gather itself has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # every rank's loss depends on our features
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def clip_loss(image_features, text_features, logit_scale, valid=None):
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, D), which it normalises.
+
+    logit_scale multiplies the cosines. Pairs that are not `valid` (B,) bool are left out, as rows and as columns.
+    With several ranks, each computes the rows of its own pairs against the columns of all; the mean over the ranks
+    of what they return is the loss of the whole batch, and DDP's mean of the gradients is its gradient.
+    """
+    B, D = image_features.shape
+    valid = torch.ones(B, dtype=torch.bool, device=image_features.device) if valid is None else valid
+    image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    rank, world_size = ranks()
+    all_images, all_texts, all_valid = image_features, text_features, valid
+    if world_size > 1:
+        both = torch.cat([image_features, text_features, valid[:, None].to(image_features.dtype)], dim=1)
+        all_images, all_texts, all_valid = Gather.apply(both).split([D, D, 1], dim=1)
+        all_valid = all_valid[:, 0] > 0
+
+    labels = torch.arange(rank * B, (rank + 1) * B, device=valid.device)
+    labels = labels.where(valid, -100)  # -100: cross_entropy skips the row
+    loss = 0
+    for ours, others in ((image_features, all_texts), (text_features, all_images)):
+        logits = (logit_scale * ours @ others.T).masked_fill(~all_valid, -math.inf)   # (B, world_size * B)
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
+    return loss * world_size / all_valid.sum().clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# Optimizer and schedule.
+
+
+def make_optimizer(model, config):
+    """AdamW with decay on matrices only: not on biases, norms, other vectors, logit_scale."""
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=parameters[0].is_cuda)
+
+
+def learning_rate(step, total_steps, peak, warmup):
+    """Linear to `peak` over the warm-up, then a cosine to 0; step counts from 0."""
+    warmup = min(warmup, total_steps // 5)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint. The order of the data, the crops and the masks follow from seed and step: there is no random state to
+# save, and a resumed run continues as if it had never stopped.
+
+
+def save_checkpoint(path, **state):
+    """Writes a torch file that appears under its name only when it is whole and on disk; OSError if it can't be."""
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, has to reach the disk
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); "
+                      "the previous checkpoint, if any, is untouched") from None
+
+
+def load_checkpoint(path):
+    """The dict of a torch file, on the CPU. ValueError with one line if it is missing, corrupt, or would run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        cause = str(error).split("\n")[0][:100] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({cause})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
+    return state
+
+
+# -----------------------------------------------------------------------------
+# Pictures of masks.
+
+
+def normalize(images, device):
+    """(B, 3, H, W) uint8 -> float on the device, with CLIP's mean and std. A quarter of the bytes travel this way."""
+    images = images.to(device, non_blocking=True).float()
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (data.MEAN, data.STD))
+    return (images - mean) / std
+
+
+def denormalize(images):
+    """(B, 3, H, W) as for the model -> (B, H, W, 3) uint8."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (data.MEAN, data.STD))
+    return ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def masked_pictures(images, keep, valid, patch_size):
+    """What the encoder sees: (B, H, W, 3) uint8 with the removed patches grey."""
+    B, _, H, W = images.shape
+    rows, columns = H // patch_size, W // patch_size
+    seen = torch.zeros(B, rows * columns, dtype=torch.bool, device=keep.device)
+    seen.scatter_(1, keep, torch.ones_like(keep, dtype=torch.bool) if valid is None else valid)
+    seen = seen.view(B, rows, 1, columns, 1).expand(-1, -1, patch_size, -1, patch_size).reshape(B, H, W)
+    return np.where(seen.cpu().numpy()[..., None], denormalize(images), 128).astype(np.uint8)
+
+
+def save_grid(path, grid, titles=(), tile=192):
+    """Writes rows of (H, W, 3) uint8 pictures as one PNG; titles stand above the columns."""
+    gap, head = 6, 18 if titles else 0
+    sheet = Image.new("RGB", (len(grid[0]) * (tile + gap) + gap, head + len(grid) * (tile + gap) + gap), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((gap + column * (tile + gap), 4), title, fill="black")
+    for r, row in enumerate(grid):
+        for c, picture in enumerate(row):
+            resample = Image.Resampling.NEAREST if len(picture) < tile else Image.Resampling.LANCZOS
+            picture = Image.fromarray(picture).resize((tile, tile), resample)
+            sheet.paste(picture, (gap + c * (tile + gap), head + gap + r * (tile + gap)))
+    sheet.save(path)
+
+
+def open_photo(path, size):
+    """A photograph as the model sees it in evaluation, (1, 3, size, size): upright, centre square, normalised."""
+    try:
+        with open(path, "rb") as file:
+            image = ImageOps.exif_transpose(data.decode_image(file.read())).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--show-masks {path}: {getattr(error, 'strerror', None) or error}") from None
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], torch.device("cpu"))
+
+
+def show_masks(config):
+    """Writes masks.png: a row a photograph, with its edges and what each mask keeps of it."""
+    stored = load_checkpoint(config.resume) if config.resume else {}
+    for name in ("model", "image_size", "patch_size", "quick_gelu") if stored else ():
+        setattr(config, name, stored["config"][name])
+    torch.manual_seed(config.seed)
+    visual = CLIP(config).visual
+    if stored:
+        visual.load_state_dict(stored.get("ema") or {
+            name.removeprefix("visual."): x for name, x in stored["model"].items() if name.startswith("visual.")})
+    P, side, grid = config.patch_size, config.image_size // config.patch_size, []
+    for path in config.show_masks:
+        images = open_photo(path, config.image_size)
+        attention = class_attention(visual, images, config.ema_size)
+        edges = sobel_edges(images, P).view(side, side).kron(torch.ones(P, P))     # (H, W)
+        row = [denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
+        for name in MASKS[1:]:
+            keep, valid = make_mask(name, images, config.ratio, torch.Generator().manual_seed(config.seed), patch_size=P,
+                                    attention=attention, edges=config.edges, transport=config.transport)
+            row.append(masked_pictures(images, keep, valid, P)[0])
+        grid.append(row)
+    os.makedirs(config.out, exist_ok=True)
+    path = os.path.join(config.out, "masks.png")
+    save_grid(path, grid, ("photograph", "Sobel edges", *MASKS[1:]))
+    print(f"wrote {path}" + ("" if stored else "; attentive shows an encoder that has learned nothing yet, see --resume"))
+
+
+# -----------------------------------------------------------------------------
+# Training.
+
+
+def ranks():
+    """(rank, world_size): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(thing):
+    """[thing of rank 0, thing of rank 1, ...] on every rank."""
+    things = [thing] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def mean_over_ranks(loss, stopping):
+    """(mean of the ranks' losses, whether any rank wants to stop), as plain numbers."""
+    both = torch.stack([loss.double(), torch.tensor(float(stopping), device=loss.device, dtype=torch.double)])
+    if dist.is_initialized():
+        dist.all_reduce(both)
+    loss, stopping = both.tolist()
+    return loss / ranks()[1], stopping > 0
+
+
+def step_noise(config, step, global_batch, device):
+    """This rank's rows of the mask noise of the whole global batch, (local batch, L + 1).
+
+    Drawn for all ranks and sliced: masks then depend neither on their number nor on --accum.
+    """
+    rank, world_size = ranks()
+    L = (config.image_size // config.patch_size) ** 2
+    seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.rand(global_batch, L + 1, generator=generator, device=device).chunk(world_size)[rank]
+
+
+def autocast(device):
+    """bf16 on a GPU; on a CPU, float32 as it is."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def mask_batch(config, visual, ema, images, noise, alpha):
+    """keep, valid for normalised images in training: what make_mask needs, computed from the model as it is now."""
+    embeddings = attention = None
+    with torch.no_grad():
+        if config.mask in ("cluster", "pgs") and alpha > 0:
+            embeddings = visual.project(patchify(images, config.patch_size))
+        if config.mask == "attentive":
+            attention = class_attention(ema, images, config.ema_size)
+    return make_mask(config.mask, images, config.ratio, patch_size=config.patch_size, noise=noise, alpha=alpha,
+                     embeddings=embeddings, attention=attention, edges=config.edges, transport=config.transport)
+
+
+def mask_chunks(config, visual, ema, images, noise, alpha):
+    """keep, valid for a whole local batch of uint8 images, one forward pass of it at a time."""
+    with autocast(images.device):
+        masks = [mask_batch(config, visual, ema, normalize(part, images.device), part_noise, alpha)
+                 for part, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum))]
+    keeps, valids = zip(*masks)
+    return torch.cat(keeps), None if valids[0] is None else torch.cat(valids)
+
+
+def backward(model, images, tokens, keep, valid, real, accum):
+    """Computes the gradients of the loss of the whole batch in `accum` passes; returns this rank's loss.
+
+    One pass: the loss, backwards. More: features of all chunks without gradient, the loss and its gradient for the
+    features, then each chunk again, now with that gradient (GradCache, Gao et al. 2021). The result is exact.
+    """
+    def features(rows):
+        with autocast(images.device):
+            image, text, scale = model(normalize(images[rows], images.device), tokens[rows],
+                                       None if keep is None else keep[rows], None if valid is None else valid[rows])
+        return image.float(), text.float(), scale
+
+    chunks = [slice(rows[0], rows[-1] + 1) for rows in torch.arange(len(images)).chunk(accum)]
+    if accum == 1:
+        loss = clip_loss(*features(chunks[0]), real)
+        loss.backward()
+        return loss.detach()
+    with torch.no_grad():
+        image, text, scale = zip(*(features(rows) for rows in chunks))
+    cached = [x.requires_grad_() for x in (torch.cat(image), torch.cat(text), scale[0])]
+    loss = clip_loss(*cached, real)
+    loss.backward()
+    for rows in chunks:
+        last = rows is chunks[-1]
+        with nullcontext() if last or ranks()[1] == 1 else model.no_sync():  # the ranks' gradients meet once, at last
+            image, text, scale = features(rows)
+            # Once the temperature: its gradient is already that of the whole batch.
+            pairs = [(image, cached[0].grad[rows]), (text, cached[1].grad[rows])] + [(scale, cached[2].grad)] * last
+            torch.autograd.backward(*zip(*pairs))
+    return loss.detach()
+
+
+def describe(config, clip, world_size, steps_per_epoch, total_steps):
+    """The line that says what will happen."""
+    L = (config.image_size // config.patch_size) ** 2
+    removed = " to ".join(str(round(share * L)) for share in config.ratio) if config.mask != "none" else 0
+    return (f"{config.model}, {sum(p.numel() for p in clip.parameters()) / 1e6:.1f}M parameters | "
+            f"mask {config.mask}, {removed} of {L} patches removed | "
+            f"{world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
+            f"{steps_per_epoch} steps an epoch, {total_steps} in all")
+
+
+def kept_share(config, keep, valid):
+    """The share of the patches that the encoder saw, mean over the batch."""
+    if keep is None:
+        return 1.0
+    kept = keep.shape[1] if valid is None else valid.sum(1).float().mean().item()
+    return kept / (config.image_size // config.patch_size) ** 2
+
+
+def write_names(config, step, names):
+    """Writes the names of a batch's samples, of all ranks, to a file in --out; returns its path."""
+    path = os.path.join(config.out, f"not_finite_step_{step + 1}.txt")
+    names = gather_objects(names)
+    if ranks()[0] == 0:
+        with open(path, "w") as file:
+            file.writelines(f"{name}\n" for part in names for name in part)
+    return path
+
+
+def load_data(config):
+    """Shard paths and their index. Rank 0 alone draws the demo data, and prints."""
+    rank, _ = ranks()
+    if not config.data and rank == 0:
+        data.make_demo("demo")
+    gather_objects(None)  # the others wait until the demo is whole
+    shards = data.expand(config.data or ("demo/train/*.tar",))
+    index, warnings = data.build_index(shards, config.max_bad, progress=rank == 0)
+    for line in warnings if rank == 0 else ():
+        print("warning:", line)
+    return shards, index
+
+
+def load_tokenizer(config, shards, index, merges=None):
+    """CLIP's own with --vocab, that of the checkpoint if we resume (`merges`), or one learned from the captions."""
+    if config.vocab and merges is None:
+        return data.Tokenizer.from_file(config.vocab, config.context_length)
+    if merges is None and ranks()[0] == 0:
+        merges = data.learn_merges(data.sample_captions(shards, index), config.vocab_size - 514)
+    return data.Tokenizer(gather_objects(merges)[0], config.context_length)
+
+
+# Options that may change in the middle of a run: they do not change what is learned. batch_size and accum may if the
+# number of ranks changes with them: what counts is their product, which the checkpoint has as global_batch.
+FREE = ("val", "vocab", "vocab_size", "max_bad", "batch_size", "accum", "workers", "out", "save_every", "keep",
+        "resume", "force", "grad_checkpointing", "show_masks")
+
+
+def resume_state(config, global_batch):
+    """The checkpoint to go on from, or {}. ValueError if an option that changes the result differs from it."""
+    path = config.resume
+    if path == ALONE:
+        path = os.path.join(config.out, "ckpt.pt")
+        if not os.path.exists(path):
+            return {}
+    if not path:
+        return {}
+    state = load_checkpoint(path)
+    if not {"model", "optimizer", "step", "global_batch"} <= state.keys():
+        raise ValueError(f"--resume {path}: weights only, no state of a training run")
+    then, now = state["config"], asdict(config)
+    changed = [f"--{name.replace('_', '-')} was {then[name]}, now {now[name]}"
+               for name in then if name not in FREE and then[name] != now[name]]
+    if state["global_batch"] != global_batch:
+        changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, now {global_batch}")
+    if changed and not config.force:
+        raise ValueError(f"--resume {path}: {'; '.join(changed)}. --force goes on all the same")
+    return state
+
+
+def open_log(path, step):
+    """The log, open for appending, cut back to the steps that the checkpoint has behind it."""
+    lines = []
+    if step and os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    log = open(path, "w", buffering=1)
+    log.writelines(lines)
+    return log
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second one exits at once."""
+
+    def __init__(self):
+        self.signal, self.time = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        # torchrun passes on a Ctrl-C that the terminal has sent to us as well: within a second they are one.
+        if self.signal and time.monotonic() - self.time > 1:
+            os._exit(128 + number)
+        self.signal, self.time = number, time.monotonic()
+
+
+def report_lost(shards, index, read, lost):
+    """Lines about an epoch's samples that did not decode: how many, why, and which shards have nothing else.
+
+    read: Counter of the samples read from each shard's number; lost: list of (shard number, cause).
+    """
+    if not lost:
+        return []
+    causes = Counter(cause for _, cause in lost).most_common(10)
+    lines = [f"{len(lost)} of {read.total()} samples skipped: " + ", ".join(f"{n} x {cause}" for cause, n in causes)]
+    bad = Counter(shard for shard, _ in lost)
+    return lines + [f"{shards[shard]}: none of its {n} samples decodes" for shard, n in bad.items() if n == read[shard]]
+
+
+def train(config, device):
+    """Trains a model as `config` says and leaves ckpt.pt, log.jsonl and masks.png in config.out."""
+    import evaluate  # here, because evaluate.py imports this file
+
+    rank, world_size = ranks()
+    local_batch = config.batch_size * config.accum
+    global_batch = local_batch * world_size
+    state = resume_state(config, global_batch)
+    if config.data:  # check before work starts; the demo's folders may have yet to be drawn
+        for folder in config.val:
+            evaluate.read_folder(folder)
+    shards, index = load_data(config)
+    steps_per_epoch = len(index) // global_batch  # what is left over of the last batch waits for another epoch
+    if not steps_per_epoch:
+        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images a step of only {len(index)} samples")
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    masked_steps = total_steps - round(config.unmasked_epochs * steps_per_epoch)
+    tokenizer = load_tokenizer(config, shards, index, state.get("merges"))
+    config.vocab_size = tokenizer.vocab_size
+
+    torch.manual_seed(config.seed)
+    clip = CLIP(config).to(device)
+    optimizer = make_optimizer(clip, config)
+    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
+    step = state.get("step", 0)
+    if state:
+        clip.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+    model = DistributedDataParallel(clip, [device] if device.type == "cuda" else None) if world_size > 1 else clip
+
+    def save(name):
+        save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
+                        ema=ema and ema.state_dict(), config=asdict(config), merges=tokenizer.merges, step=step,
+                        global_batch=global_batch)
+
+    if rank == 0:
+        os.makedirs(config.out, exist_ok=True)
+        log = open_log(os.path.join(config.out, "log.jsonl"), step)
+        print(describe(config, clip, world_size, steps_per_epoch, total_steps), flush=True)
+
+    stop, results = Stop(), {}
+    while step < total_steps:
+        epoch, first = divmod(step, steps_per_epoch)
+        last = min(steps_per_epoch, first + total_steps - step)
+        order = data.epoch_order(index, config.seed, epoch)[:steps_per_epoch * global_batch]
+        order = order.reshape(steps_per_epoch, world_size, local_batch)[:, rank]
+        batches = data.Batches(shards, index, order, tokenizer, config.image_size, config.scale, (config.seed, epoch))
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, last),
+                                             num_workers=config.workers, pin_memory=device.type == "cuda",
+                                             worker_init_fn=data.ignore_interrupts)
+        bar = tqdm(total=last, initial=first, desc=f"epoch {epoch + 1}/{math.ceil(total_steps / steps_per_epoch)}",
+                   disable=rank > 0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                                                "[{elapsed}<{remaining}{postfix}]")
+        lost, tick = [], time.perf_counter()
+        for batch, (images, tokens, real, bad) in zip(range(first, last), loader):
+            alpha = step / total_steps
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total_steps, config.lr, config.warmup)
+            images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
+            keep, valid = None, None
+            if step < masked_steps:
+                noise = step_noise(config, step, global_batch, device)
+                keep, valid = mask_chunks(config, clip.visual, ema, images, noise, alpha)
+
+            loss = backward(model, images, tokens, keep, valid, real, config.accum)
+            loss, stopping = mean_over_ranks(loss, bool(stop.signal))
+            if not math.isfinite(loss):
+                raise ValueError(f"step {step + 1}: the loss is {loss}; the update was not made. Its samples are in "
+                                 + write_names(config, step, data.sample_names(shards, index, order[batch])))
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=math.log(100))  # CLIP: keeps training stable
+            if ema:
+                update_ema(ema, clip.visual, alpha)
+            step += 1
+
+            lost += [(int(index["shard"][order[batch][i]]), cause) for i, cause in bad]
+            if rank == 0:
+                images_per_s = global_batch / (time.perf_counter() - tick)
+                tick = time.perf_counter()
+                record = dict(step=step, epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"],
+                              logit_scale=clip.logit_scale.exp().item(), images_per_s=round(images_per_s, 1),
+                              kept=kept_share(config, keep, valid))
+                log.write(json.dumps(record) + "\n")
+                bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
+                bar.update()
+                if batch == first and keep is not None:
+                    pictures = normalize(images[:8], device)
+                    seen = masked_pictures(pictures, keep[:8], None if valid is None else valid[:8], config.patch_size)
+                    save_grid(os.path.join(config.out, "masks.png"), [denormalize(pictures), seen])
+                if stopping or (step % config.save_every == 0 and batch + 1 < last):
+                    save("ckpt.pt")
+            if stopping:
+                bar.close()
+                raise Interrupted(f"stopped after step {step} of {total_steps}; go on with the same command and --resume")
+        bar.close()
+
+        if rank == 0:
+            save("ckpt.pt")
+            if config.keep and batch + 1 == steps_per_epoch:
+                save(f"epoch_{epoch + 1}.pt")
+        read = Counter(index["shard"][order[first:last]].ravel().tolist())
+        reads, losts = zip(*gather_objects((read, lost)))
+        read, lost = sum(reads, Counter()), sum(losts, [])
+        lines = report_lost(shards, index, read, lost)
+        if len(lost) > config.max_bad * read.total():
+            raise ValueError("\n".join([f"--max-bad {config.max_bad}: too many samples of epoch {epoch + 1} are broken", *lines]))
+        for line in lines if rank == 0 else ():
+            print("warning:", line)
+        results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
+        if rank == 0 and results:
+            log.write(json.dumps(record | {"eval": results}) + "\n")
+    if rank == 0:
+        if results:
+            print(evaluate.table(results))
+        path = os.path.join(config.out, "ckpt.pt")
+        print(f"wrote {path}; now: python evaluate.py {path}")
+
+
+# -----------------------------------------------------------------------------
+# Main.
+
+ALONE = "<ckpt.pt in --out, if it is there>"  # the value of --resume without a path
+
+
+def parse(arguments):
+    """A Config from the command line. Without --data, what DEMO says takes the place of the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog="Without --data, the demo has other defaults: " +
+                                     ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+    for f in fields(Config):
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        how = dict(default=f.default, help=f"{f.metadata['help']} (default: {shown})", metavar="X", type=type(f.default))
+        if isinstance(f.default, bool):
+            how = how | dict(action=argparse.BooleanOptionalAction)
+            del how["type"], how["metavar"]
+        elif isinstance(f.default, tuple):
+            how |= dict(nargs="+", type=float if f.default else str)
+        elif f.name == "resume":
+            how |= dict(nargs="?", const=ALONE)
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+    options = parser.parse_args(arguments)
+    if not options.data:
+        parser.set_defaults(**DEMO)
+        options = parser.parse_args(arguments)
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})
+
+
+class Interrupted(Exception):
+    """A signal asked us to stop, and we did so in good order."""
+
+
+def main():
+    """Trains; one process a rank under torchrun, else alone."""
+    config = parse(sys.argv[1:])
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        check(config)
+        if config.show_masks:
+            return show_masks(config)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if world_size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        train(config, device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as message:
+        sys.exit(str(message) if ranks()[0] == 0 else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,709 @@
+"""Everything between shards on disk and a batch in memory: tar shards, images, captions, tokens.
+
+    python data.py pack captions.tsv OUT     make shards of a list of `image path <TAB> caption`
+    python data.py demo OUT                  draw the demo data set
+
+The file follows one sample: which shards there are and where in them each sample lies (`expand`, `tar_samples`,
+`build_index`), who reads what and when (`epoch_order`), bytes to pixels (`decode_image`, `random_resized_crop`),
+caption to token ids (`Tokenizer`, `learn_merges`), a batch (`Batches`), and last the shards that we write
+ourselves (`write_shards`, the demo scenes, the two commands above).
+"""
+import argparse
+import glob
+import gzip
+import heapq
+import html
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tarfile
+import unicodedata
+from collections import Counter, defaultdict
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB; all CLIP weights expect them
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# -----------------------------------------------------------------------------
+# Shards. A tar is a chain of 512-byte headers, each followed by its file: reading the headers alone tells where
+# every image and caption lies. With that index, any sample is one read away and an epoch is a permutation of it.
+
+
+def expand(patterns):
+    """The shard paths that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
+
+    Raises ValueError for a pattern that matches nothing or a path that is not there.
+    """
+    paths = []
+    for pattern in patterns:
+        for path in _braces(pattern):
+            if glob.has_magic(path) and not os.path.exists(path):
+                matches = sorted(glob.glob(path))
+                if not matches:
+                    raise ValueError(f"--data {path}: the pattern matches no file")
+                paths += matches
+            elif os.path.isdir(path):
+                raise ValueError(f"--data {path}: a folder; name the shards in it, such as '{path.rstrip('/')}/*.tar'")
+            elif not os.path.exists(path):
+                raise ValueError(f"--data {path}: no such file")
+            else:
+                paths.append(path)
+    return list(dict.fromkeys(paths))  # a shard named twice is read once
+
+
+def _braces(pattern):
+    """'a{00..02}.tar' -> a00.tar, a01.tar, a02.tar; numbers keep their width. Several ranges multiply."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+    heads = (pattern[:found.start()] + number for number in numbers)
+    return [path for head in heads for path in _braces(head + pattern[found.end():])]
+
+
+def tar_members(path):
+    """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
+
+    Raises ValueError that names the shard where the tar ends too early or something else than a header stands;
+    what was yielded before that is whole. Names are only ever used as labels, never as paths on disk.
+    """
+    total = os.path.getsize(path)
+    if total == 0:
+        raise ValueError(f"{path}: empty file, not a tar")
+    offset, long_name = 0, None
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            header = os.pread(file.fileno(), 512, offset)
+            if header[:1] == b"\0" and not any(header):
+                if offset + 512 > total:
+                    break
+                return
+            if header[257:262] != b"ustar":
+                if offset + 512 > total:
+                    break
+                raise ValueError(f"{path}: not a tar (no header at byte {offset})")
+            size, kind = _octal(header[124:136], path), header[156:157]
+            start, offset = offset + 512, offset + 512 + (size + 511) // 512 * 512
+            if start + size > total:
+                break
+            if kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
+                text = os.pread(file.fileno(), size, start)
+                found = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else None
+                long_name = text.rstrip(b"\0") if kind == b"L" else found[1] if found else None
+            elif kind in b"0\0":
+                name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+                if prefix and header[257:263] == b"ustar\0":
+                    name = prefix + b"/" + name
+                yield (long_name or name).decode("utf-8", "replace"), start, size
+                long_name = None
+            else:
+                long_name = None
+    raise ValueError(f"{path}: truncated, the tar breaks off at byte {total}")
+
+
+def _octal(field, path):
+    if field[0] == 0x80:  # base 256, for files of 8 GiB and more
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise ValueError(f"{path}: not a tar (a header without a size)") from None
+
+
+def tar_samples(path, samples=None):
+    """{key: {extension: (offset, size)}}: the samples of a tar, in its order.
+
+    As in webdataset, the key is what stands before the first dot of the file name. `samples`: a dict to fill, for
+    a caller who wants what came before an error. Raises ValueError for a broken tar or one without members.
+    """
+    samples = {} if samples is None else samples
+    for name, offset, size in tar_members(path):
+        folder, _, base = name.rpartition("/")
+        key, _, extension = base.partition(".")
+        samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = (offset, size)
+    if not samples:
+        raise ValueError(f"{path}: a tar without members")
+    return samples
+
+
+INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i4"),
+                  ("text", "i8"), ("text_size", "i4"), ("json", "?")])
+
+
+def build_index(shards, max_bad=0.1, progress=False):
+    """(N,) array of INDEX rows, one for each image with a caption, in the shards' order; and a list of warnings.
+
+    A broken shard gives what stands before its fault, and a warning. ValueError with all of them if more than the
+    share `max_bad` of the shards is broken or of the samples incomplete.
+    """
+    rows, broken, incomplete = [], [], Counter()
+    for number, path in enumerate(tqdm(shards, "reading shard indexes", disable=not progress, leave=False)):
+        samples = {}
+        try:
+            tar_samples(path, samples)
+            if not any(ext in s for s in samples.values() for ext in IMAGE_EXTENSIONS):
+                raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
+        except (ValueError, OSError) as error:
+            broken.append(str(error))
+        for files in samples.values():
+            image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
+            text = files.get("txt") or files.get("json")
+            if image and text:
+                rows.append((number, *image, *text, "txt" not in files))
+            else:
+                incomplete["no caption" if image else "no image"] += 1
+    index = np.array(rows, INDEX)
+    if len(broken) > max_bad * len(shards):
+        raise ValueError("\n".join(broken))
+    lost = sum(incomplete.values())
+    causes = ", ".join(f"{n} {cause}" for cause, n in incomplete.items())
+    if lost > max_bad * (lost + len(index)):
+        raise ValueError(f"--data: {lost} of {lost + len(index)} samples are not usable ({causes})")
+    return index, broken + [f"{lost} samples passed over: {causes}"] * bool(lost)
+
+
+WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
+
+
+def epoch_order(index, seed, epoch):
+    """(N,) sample numbers in the order in which this epoch reads them, from seed and epoch alone.
+
+    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential reads.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
+    order = place.argsort(kind="stable")
+    return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
+
+
+@lru_cache(maxsize=64)
+def _open(path):
+    return open(path, "rb", buffering=0)
+
+
+def read_bytes(path, offset, size):
+    """`size` bytes of a file from `offset` on. Its handle stays open: an epoch comes back to it at once."""
+    return os.pread(_open(path).fileno(), size, offset)
+
+
+# -----------------------------------------------------------------------------
+# Images: bytes to pixels.
+
+MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
+
+
+def decode_image(raw):
+    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it does not decode whole."""
+    try:
+        image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        image.load()
+    except Exception as error:  # Pillow raises whatever its decoders meet: OSError, SyntaxError, struct.error ...
+        raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
+    return image
+
+
+def random_resized_crop(image, size, scale, rng):
+    """A random part of the picture, `scale` (low, high) of its area, sides 3:4 to 4:3, as (size, size) RGB.
+
+    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            break
+    else:  # a very long picture: the largest crop of an allowed shape, from its middle
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    box = (left, top, left + w, top + h)
+    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP. A word is its bytes, the last one marked
+# with </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.
+
+
+def _byte_symbols():
+    """CLIP's printable stand-in for each byte: itself if it shows on a screen, else the next letter from U+0100."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+
+BYTES = _byte_symbols()
+
+
+@lru_cache
+def _word_pattern():
+    # CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _,
+    # \d only the decimal digits: the other numbers (such as ² or ½) have to be listed.
+    others = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{others}]+|[\d{others}]|(?:[^\s\w]|_)+", re.IGNORECASE)
+
+
+def split_words(text):
+    """The words of a caption, each a string of byte symbols: lower case, HTML unescaped, white space folded."""
+    text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+    return ["".join(BYTES[byte] for byte in word.encode("utf-8", "replace")) for word in _word_pattern().findall(text)]
+
+
+def learn_merges(captions, num_merges):
+    """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first.
+
+    Ends early when no pair occurs twice. A heap finds the next pair and an index the words that hold it, so that a
+    merge costs only the words it changes.
+    """
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    words = [([*word[:-1], word[-1] + "</w>"], count) for word, count in sorted(counts.items())]
+    pair_count, holders = Counter(), defaultdict(set)
+    for number, (symbols, count) in enumerate(words):
+        for pair in itertools.pairwise(symbols):
+            pair_count[pair] += count
+            holders[pair].add(number)
+
+    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < num_merges:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_count[pair]:  # counted before another merge took some: back with the count of today
+            if pair_count[pair] > 0:
+                heapq.heappush(heap, (-pair_count[pair], pair))
+            continue
+        if -count < 2:
+            break
+        merges.append(" ".join(pair))
+        grown = set()
+        for number in holders.pop(pair):
+            symbols, times = words[number]
+            for old in itertools.pairwise(symbols):
+                pair_count[old] -= times
+            symbols[:] = _merge(symbols, pair)
+            for new in itertools.pairwise(symbols):
+                pair_count[new] += times
+                holders[new].add(number)
+                grown.add(new)
+        for new in sorted(grown):
+            heapq.heappush(heap, (-pair_count[new], new))
+    return "\n".join(merges)
+
+
+def _merge(symbols, pair):
+    merged, i = [], 0
+    while i < len(symbols):
+        joined = i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair
+        merged.append(symbols[i] + symbols[i + 1] if joined else symbols[i])
+        i += 2 if joined else 1
+    return merged
+
+
+class Tokenizer:
+    """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges, <start>, <end>."""
+
+    def __init__(self, merges, context_length=77):
+        self.merges, self.context_length = merges, context_length
+        pairs = [tuple(line.split()) for line in merges.splitlines()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("the merges of the tokenizer must be two symbols a line")
+        symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values()), *map("".join, pairs)]
+        self.rank = {pair: rank for rank, pair in enumerate(pairs)}
+        self.ids = {symbol: number for number, symbol in enumerate(symbols)}
+        self.start, self.end = len(symbols), len(symbols) + 1
+        self.vocab_size = len(symbols) + 2
+        self._cache = {}
+
+    @classmethod
+    def from_file(cls, path, context_length=77):
+        """CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something else."""
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"--vocab {path}: {error}; expected CLIP's bpe_simple_vocab_16e6.txt.gz") from None
+        # The first line is a version. CLIP uses only as many of the merges as make 49,408 with bytes and specials.
+        return cls("\n".join(lines[1:49408 - 512 - 2 + 1]), context_length)
+
+    def _word(self, word):
+        if word not in self._cache:
+            symbols = [*word[:-1], word[-1] + "</w>"]
+            while len(symbols) > 1:
+                best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
+                if best not in self.rank:
+                    break
+                symbols = _merge(symbols, best)
+            if len(self._cache) > 200_000:  # web captions never stop bringing new words
+                self._cache.clear()
+            self._cache[word] = [self.ids[symbol] for symbol in symbols]
+        return self._cache[word]
+
+    def encode(self, captions):
+        """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut; <end> always stands last."""
+        tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(tokens, captions):
+            ids = [number for word in split_words(caption) for number in self._word(word)]
+            ids = [self.start, *ids[:self.context_length - 2], self.end]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# -----------------------------------------------------------------------------
+# Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch began: neither the
+# number of workers nor their timing can change what the model sees.
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, valid (B,) bool, lost: list of causes.
+
+    order: (steps, B) sample numbers. A sample that does not decode leaves a black image that is not `valid`.
+    """
+
+    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed):
+        self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
+        self.image_size, self.scale, self.seed = image_size, scale, seed
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, number):
+        samples, size = self.order[number], self.image_size
+        images = np.zeros((len(samples), 3, size, size), np.uint8)
+        captions, lost = [""] * len(samples), []
+        for i, sample in enumerate(samples):
+            row = self.index[sample]
+            shard = self.shards[row["shard"]]
+            try:
+                captions[i] = read_caption(shard, row)
+                image = decode_image(read_bytes(shard, row["image"], row["image_size"]))
+                # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
+                rng = np.random.default_rng([*self.seed, sample])
+                images[i] = np.asarray(random_resized_crop(image, size, self.scale, rng)).transpose(2, 0, 1)
+            except (ValueError, OSError) as error:
+                lost.append((i, str(error)))
+        valid = torch.ones(len(samples), dtype=torch.bool)
+        valid[[i for i, _ in lost]] = False
+        return torch.from_numpy(images), self.tokenizer.encode(captions), valid, lost
+
+
+def sample_names(shards, index, samples):
+    """'shard: member' of each sample number, for messages."""
+    rows = index[samples]
+    return [f"{shards[row['shard']]}: " + read_bytes(shards[row["shard"]], row["image"] - 512, 100).rstrip(b"\0").decode(
+        "utf-8", "replace") for row in rows]
+
+
+def ignore_interrupts(worker):
+    """For the loader's processes: a Ctrl-C is the training loop's to answer, which still needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read_caption(shard, row):
+    """The caption of an INDEX row. ValueError if it is empty, not UTF-8, or its json holds none."""
+    raw = read_bytes(shard, row["text"], row["text_size"])
+    try:
+        caption = raw.decode("utf-8")
+        if row["json"]:
+            caption = json.loads(caption)["caption"]
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("no caption in the json") from None
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError("empty caption")
+    return caption
+
+
+def sample_captions(shards, index, limit=200_000):
+    """Up to `limit` captions, evenly spread over the index: what the tokenizer learns its merges from."""
+    for row in index[::max(1, math.ceil(len(index) / limit))]:
+        try:
+            yield read_caption(shards[row["shard"]], row)
+        except ValueError:
+            continue  # counted where it is trained on
+
+
+# -----------------------------------------------------------------------------
+# Writing shards.
+
+
+def write_tar(path, samples):
+    """Writes (key, {extension: bytes}) pairs to a tar that appears under its name only when it is whole."""
+    with tarfile.open(path + ".part", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, files in samples:
+            for extension, raw in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+    os.replace(path + ".part", path)
+
+
+def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
+    """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on across shards. Returns how many."""
+    os.makedirs(folder, exist_ok=True)
+    numbered = ((f"{number:09d}", files) for number, files in enumerate(samples))
+    for shard in itertools.count():
+        first = next(numbered, None)
+        if first is None:
+            return shard
+        rest = itertools.islice(numbered, shard_size - 1)
+        write_tar(os.path.join(folder, name.format(shard)), itertools.chain([first], rest))
+
+
+def read_caption_list(path):
+    """Yields {extension: bytes} for each line `image path <TAB> caption`; paths are relative to the list's folder.
+
+    ValueError with the line's number for a malformed line, a missing file, or one that is no known image.
+    """
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            image, tab, caption = line.rstrip("\r\n").partition("\t")
+            if not tab or not image or not caption.strip():
+                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption`, got {line.rstrip()!r:.80}")
+            extension = image.rpartition(".")[2].lower()
+            if extension not in IMAGE_EXTENSIONS:
+                raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
+            try:
+                with open(os.path.join(os.path.dirname(path), image), "rb") as image_file:
+                    yield {extension: image_file.read(), "txt": caption.encode("utf-8")}
+            except OSError as error:
+                raise ValueError(f"{path}, line {number}: {image}: {error.strerror}") from None
+
+
+# -----------------------------------------------------------------------------
+# Demo data. Scenes of one or two coloured shapes on a muted background, drawn rather than downloaded: the
+# background repeats itself and can be masked, the objects cannot. Scene i of a split depends on nothing else.
+
+SCENE_SIZE = 64                       # pixels, both sides
+SPLITS = {"train": 20_000, "seen": 1_000, "unseen": 500, "retrieval": 500}
+
+COLOURS = {"red": (225, 25, 30), "yellow": (250, 220, 20), "green": (20, 160, 50), "cyan": (30, 215, 225),
+           "blue": (30, 60, 230), "purple": (135, 30, 180), "pink": (255, 120, 195), "brown": (135, 70, 10)}
+
+
+def polar(radii, turns):
+    """Points at these radii and angles (in turns), as complex numbers: to rotate is then to multiply."""
+    return np.asarray(radii) * np.exp(2j * np.pi * np.asarray(turns))
+
+
+def of_area_one(outline):
+    """The outline scaled to enclose an area of 1 (shoelace formula), so that sizes mean the same for all."""
+    return outline / math.sqrt(abs((outline.conj() * np.roll(outline, -1)).imag.sum()) / 2)
+
+
+TURNS = np.linspace(0, 1, 48)         # a closed circle, in turns
+CROSS_CORNER, CROSS_ARM = 0.3 * (1 + 1j), 1 + 0.3j
+SHAPES = {name: of_area_one(outline) for name, outline in {
+    "circle": polar(1, TURNS),
+    "square": polar(1, [0, 1/4, 2/4, 3/4]),
+    "triangle": polar(1, [0, 1/3, 2/3]),
+    "star": polar([1, 0.42] * 5, np.arange(10) / 10),
+    "cross": np.ravel([1j ** k * np.array([CROSS_CORNER.conjugate(), CROSS_ARM.conjugate(), CROSS_ARM])
+                       for k in range(4)]),
+    "bar": np.array([3 + 1j, -3 + 1j, -3 - 1j, 3 - 1j]),
+    "ring": np.concatenate([polar(1, TURNS), polar(0.6, -TURNS)]),      # out along the rim, back along the hole
+    "crescent": np.concatenate([polar(1, 0.1 + 0.8 * TURNS), polar(0.72, 0.86 - 0.72 * TURNS) + 0.35]),
+}.items()}
+
+# Each colour and each shape misses one partner, the same one always: these pairs are never in a training scene.
+UNSEEN = list(zip(COLOURS, SHAPES))
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]   # the classes, in label order
+SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
+
+SIZES = {"small": (0.10, 0.14), "large": (0.21, 0.30)}                  # share of the picture
+PAIR_SCALE = 0.6                                                        # the same, when there are two objects
+MARGIN = 2                                                              # pixels between objects and at the border
+
+RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
+             "above": ("above", "over"), "below": ("below", "under")}
+BACKGROUNDS = {"plain": ("a plain background", "a flat background"),
+               "gradient": ("a gradient", "a smooth gradient"),
+               "noise": ("noise", "a noisy background"),
+               "stripes": ("stripes", "a striped background"),
+               "blobs": ("soft blobs", "a background of soft blobs")}
+
+# x, y: the objects, r: where x is, seen from y, b: the background.
+ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}",
+       "{x} on {b}", "there is {x} on {b}", "a picture of {x} on {b}", "{x} in front of {b}", "{x} drawn on {b}",
+       "{b} with {x}", "on {b} there is {x}")
+TWO = ("{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "there is {x} {r} {y}", "{x} and {y}",
+       "{x} and {y} on {b}", "{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}",
+       "{b} with {x} {r} {y}", "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
+FULL = tuple(template for template in TWO if "{r}" in template and "{b}" in template)
+
+# For the evaluation folders: "red circle", ... and the training wording that leaves the background out.
+CLASSNAMES = [" ".join(pair) for pair in PAIRS]
+TEMPLATES = [template.format(x="a {c}") for template in ONE if "{b}" not in template]
+
+
+def pick(rng, options):
+    """One of the options, uniformly (rng.choice does the same, many times slower)."""
+    return options[rng.integers(len(options))]
+
+
+Y, X = np.mgrid[-1:1:SCENE_SIZE * 1j, -1:1:SCENE_SIZE * 1j].astype(np.float32)
+
+
+def draw_background(rng, kind):
+    """An RGB image: two muted colours, mixed as the kind says."""
+    angle, phase = rng.uniform(0, 2 * np.pi, 2)
+    ramp = X * np.float32(math.cos(angle)) + Y * np.float32(math.sin(angle))    # rises by 1 in half a picture
+    if kind == "plain":
+        mix = np.full_like(X, rng.random())
+    elif kind == "gradient":
+        mix = 0.5 + 0.35 * ramp
+    elif kind == "noise":
+        mix = rng.random(X.shape, dtype=np.float32)
+    elif kind == "stripes":
+        mix = np.clip(0.5 + np.sin(ramp * np.float32(rng.uniform(10, 24)) + np.float32(phase)), 0, 1)
+    elif kind == "blobs":
+        mix = np.asarray(Image.fromarray(rng.random((5, 5), dtype=np.float32)).resize(X.shape, Image.BICUBIC))
+
+    dark = rng.uniform(60, 140) + rng.uniform(-12, 12, 3)
+    light = dark + rng.uniform(30, 60) + rng.uniform(-8, 8, 3)
+    pixels = dark.astype(np.float32) + mix[..., None] * (light - dark).astype(np.float32)      # (H, W, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def place_objects(rng, shapes, sizes):
+    """Outlines in pixels, one (points, 2) array a shape, and where the first is, seen from the last.
+
+    Two objects share no column (left of, right of) or no row (above, below): they never overlap, and the
+    relation is true of every point of theirs. It names the longer of the two ways between their centres.
+    """
+    outlines = []
+    for shape, size in zip(shapes, sizes):
+        area = rng.uniform(*SIZES[size]) * SCENE_SIZE ** 2 * (PAIR_SCALE if len(shapes) == 2 else 1)
+        outline = SHAPES[shape] * polar(math.sqrt(area), rng.random())
+        outline = np.stack([outline.real, outline.imag], axis=1)
+        outlines.append(outline - outline.min(axis=0))                    # the bounding box starts at 0, 0
+    extents = np.array([outline.max(axis=0) for outline in outlines])     # (objects, 2) width, height
+
+    scale = min(1, (SCENE_SIZE - 2 * MARGIN) / extents.max())
+    while True:
+        boxes = extents * scale
+        corners = MARGIN + rng.random(boxes.shape) * (SCENE_SIZE - 2 * MARGIN - boxes)
+        way = (corners + boxes / 2)[0] - (corners + boxes / 2)[-1]        # (2,) from the last centre to the first
+        axis = int(abs(way[1]) > abs(way[0]))
+        if len(shapes) == 1 or abs(way[axis]) >= boxes[:, axis].sum() / 2 + MARGIN:
+            break
+        scale *= 0.995      # no room yet: both shrink alike, so that the larger object stays the larger one
+
+    relation = (("left of", "right of"), ("above", "below"))[axis][int(way[axis] > 0)]
+    return [outline * scale + corner for outline, corner in zip(outlines, corners)], relation
+
+
+def draw_scene(rng, pairs=None, full=False):
+    """(64x64 RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance.
+
+    full: the caption leaves nothing out (sizes, relation, background); for two objects only.
+    """
+    if pairs is None:
+        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
+        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 2))]
+    sizes = [pick(rng, tuple(SIZES)) for _ in pairs]
+    outlines, relation = place_objects(rng, [shape for _, shape in pairs], sizes)
+    kind = pick(rng, tuple(BACKGROUNDS))
+
+    image = draw_background(rng, kind)
+    for (colour, _), outline in zip(pairs, outlines):
+        mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))    # drawn at twice the size for smooth edges
+        ImageDraw.Draw(mask).polygon((2 * outline).ravel().tolist(), fill=255, outline=255)
+        shade = np.clip(COLOURS[colour] + rng.integers(-12, 13, 3), 0, 255)
+        image.paste(tuple(shade.tolist()), mask=mask.reduce(2))
+
+    names = [f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}"
+             for size, (colour, shape) in zip(sizes, pairs)]
+    template = pick(rng, FULL if full else ONE if len(pairs) == 1 else TWO)
+    return image, template.format(x=names[0], y=names[-1], r=pick(rng, RELATIONS[relation]),
+                                  b=pick(rng, BACKGROUNDS[kind]))
+
+
+def demo_sample(split, index, seed=0):
+    """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen."""
+    # The split is part of the seed, so no two splits share a random stream and no test scene is a training scene.
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+    pairs, label = None, None
+    if split in ("seen", "unseen"):
+        pairs = [SEEN[index % len(SEEN)] if split == "seen" else UNSEEN[index % len(UNSEEN)]]
+        label = PAIRS.index(pairs[0])
+    elif split == "retrieval":
+        pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+
+    image, caption = draw_scene(rng, pairs, full=split == "retrieval")
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=90)
+    return jpeg.getvalue(), caption if label is None else label
+
+
+def demo_samples(split, seed=0):
+    """All samples of a split, one after the other."""
+    return (demo_sample(split, index, seed) for index in range(SPLITS[split]))
+
+
+def make_demo(folder):
+    """Draws the demo data set into `folder`, in DESIGN's layout; does nothing if it is already there."""
+    if os.path.isdir(folder):
+        return
+    part = folder + ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    for split in SPLITS:
+        evaluation, kind = split != "train", "cls" if split in ("seen", "unseen") else "txt"
+        scenes = tqdm(demo_samples(split), f"drawing demo/{split}", total=SPLITS[split], unit=" scenes")
+        samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
+        target = os.path.join(part, split, "test" if evaluation else "")
+        num_shards = write_shards(target, samples, 1000, "{}.tar" if evaluation else "{:05d}.tar")
+        texts = {"test/nshards.txt": num_shards}
+        if kind == "txt":
+            texts["dataset_type.txt"] = "retrieval"
+        else:
+            texts["classnames.txt"] = "\n".join(CLASSNAMES)
+            texts["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES)
+        for name, text in texts.items() if evaluation else ():
+            with open(os.path.join(part, split, name), "w") as file:
+                file.write(f"{text}\n")
+    os.replace(part, folder)  # under its name only when whole
+
+
+def main():
+    """The commands `pack` and `demo`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
+    pack.add_argument("captions", help="text file, a sample a line; image paths are relative to its folder")
+    pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
+    pack.add_argument("--shard-size", type=int, default=10_000, help="samples a shard (default: 10000)")
+    demo = commands.add_parser("demo", help="draw the demo data set")
+    demo.add_argument("out", help="folder to make")
+    options = parser.parse_args()
+    try:
+        if options.command == "demo":
+            make_demo(options.out)
+            return
+        if options.shard_size < 1:
+            raise ValueError(f"--shard-size {options.shard_size}: must be at least 1")
+        samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
+        print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
