@@ -908,17 +908,51 @@ class Stop:
         self.signal, self.time = number, time.monotonic()
 
 
-def report_lost(shards, index, read, lost):
-    """Lines about an epoch's samples that did not decode: how many, why, and which shards have nothing else.
+def build(config, state, device):
+    """Model, optimizer, and for the attentive mask the EMA encoder: new ones, or as the checkpoint `state` has them."""
+    torch.manual_seed(config.seed)
+    clip = CLIP(config).to(device)
+    optimizer = make_optimizer(clip, config)
+    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
+    if state:
+        clip.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+    return clip, optimizer, ema
 
-    read: Counter of the samples read from each shard's number; lost: list of (shard number, cause).
+
+def epoch_batches(config, shards, index, tokenizer, epoch, steps):
+    """(loader, samples): this rank's batches `steps`, a range, of an epoch, and all its sample numbers (steps, B)."""
+    rank, world_size = ranks()
+    local_batch = config.batch_size * config.accum
+    num_steps = len(index) // (local_batch * world_size)  # what is left over waits for another epoch
+    order = data.epoch_order(index, config.seed, epoch)[:num_steps * local_batch * world_size]
+    samples = order.reshape(num_steps, world_size, local_batch)[:, rank]
+    batches = data.Batches(shards, index, samples, tokenizer, config.image_size, config.scale, (config.seed, epoch))
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
+                                         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_interrupts)
+    return loader, samples
+
+
+def account(config, shards, epoch, read, lost):
+    """Reports the samples of an epoch that did not decode; ValueError if they were more than the share max_bad.
+
+    read: Counter of the samples that this rank read from each shard's number; lost: list of (shard number, cause).
     """
+    reads, losts = zip(*gather_objects((read, lost)))
+    read, lost = sum(reads, Counter()), sum(losts, [])
     if not lost:
-        return []
+        return
     causes = Counter(cause for _, cause in lost).most_common(10)
-    lines = [f"{len(lost)} of {read.total()} samples skipped: " + ", ".join(f"{n} x {cause}" for cause, n in causes)]
+    lines = [f"epoch {epoch + 1}: {len(lost)} of {read.total()} samples skipped: "
+             + ", ".join(f"{n} x {cause}" for cause, n in causes)]
     bad = Counter(shard for shard, _ in lost)
-    return lines + [f"{shards[shard]}: none of its {n} samples decodes" for shard, n in bad.items() if n == read[shard]]
+    lines += [f"{shards[shard]}: none of its {n} samples decodes" for shard, n in bad.items() if n == read[shard]]
+    if len(lost) > config.max_bad * read.total():
+        raise ValueError("\n".join([*lines, f"more than --max-bad {config.max_bad} of the samples: stopped"]))
+    if ranks()[0] == 0:
+        print("\n".join(lines))
 
 
 def train(config, device):
@@ -926,14 +960,13 @@ def train(config, device):
     import evaluate  # here, because evaluate.py imports this file
 
     rank, world_size = ranks()
-    local_batch = config.batch_size * config.accum
-    global_batch = local_batch * world_size
+    global_batch = config.batch_size * config.accum * world_size
     state = resume_state(config, global_batch)
     if config.data:  # check before work starts; the demo's folders may have yet to be drawn
         for folder in config.val:
             evaluate.read_folder(folder)
     shards, index = load_data(config)
-    steps_per_epoch = len(index) // global_batch  # what is left over of the last batch waits for another epoch
+    steps_per_epoch = len(index) // global_batch
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images a step of only {len(index)} samples")
     total_steps = config.steps or config.epochs * steps_per_epoch
@@ -941,17 +974,9 @@ def train(config, device):
     tokenizer = load_tokenizer(config, shards, index, state.get("merges"))
     config.vocab_size = tokenizer.vocab_size
 
-    torch.manual_seed(config.seed)
-    clip = CLIP(config).to(device)
-    optimizer = make_optimizer(clip, config)
-    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
-    step = state.get("step", 0)
-    if state:
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.load_state_dict(state["ema"])
+    clip, optimizer, ema = build(config, state, device)
     model = DistributedDataParallel(clip, [device] if device.type == "cuda" else None) if world_size > 1 else clip
+    step = state.get("step", 0)
 
     def save(name):
         save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
@@ -967,12 +992,7 @@ def train(config, device):
     while step < total_steps:
         epoch, first = divmod(step, steps_per_epoch)
         last = min(steps_per_epoch, first + total_steps - step)
-        order = data.epoch_order(index, config.seed, epoch)[:steps_per_epoch * global_batch]
-        order = order.reshape(steps_per_epoch, world_size, local_batch)[:, rank]
-        batches = data.Batches(shards, index, order, tokenizer, config.image_size, config.scale, (config.seed, epoch))
-        loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, last),
-                                             num_workers=config.workers, pin_memory=device.type == "cuda",
-                                             worker_init_fn=data.ignore_interrupts)
+        loader, samples = epoch_batches(config, shards, index, tokenizer, epoch, range(first, last))
         bar = tqdm(total=last, initial=first, desc=f"epoch {epoch + 1}/{math.ceil(total_steps / steps_per_epoch)}",
                    disable=rank > 0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                                                 "[{elapsed}<{remaining}{postfix}]")
@@ -991,7 +1011,7 @@ def train(config, device):
             loss, stopping = mean_over_ranks(loss, bool(stop.signal))
             if not math.isfinite(loss):
                 raise ValueError(f"step {step + 1}: the loss is {loss}; the update was not made. Its samples are in "
-                                 + write_names(config, step, data.sample_names(shards, index, order[batch])))
+                                 + write_names(config, step, data.sample_names(shards, index, samples[batch])))
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -1000,7 +1020,7 @@ def train(config, device):
                 update_ema(ema, clip.visual, alpha)
             step += 1
 
-            lost += [(int(index["shard"][order[batch][i]]), cause) for i, cause in bad]
+            lost += [(int(index["shard"][samples[batch][i]]), cause) for i, cause in bad]
             if rank == 0:
                 images_per_s = global_batch / (time.perf_counter() - tick)
                 tick = time.perf_counter()
@@ -1025,14 +1045,7 @@ def train(config, device):
             save("ckpt.pt")
             if config.keep and batch + 1 == steps_per_epoch:
                 save(f"epoch_{epoch + 1}.pt")
-        read = Counter(index["shard"][order[first:last]].ravel().tolist())
-        reads, losts = zip(*gather_objects((read, lost)))
-        read, lost = sum(reads, Counter()), sum(losts, [])
-        lines = report_lost(shards, index, read, lost)
-        if len(lost) > config.max_bad * read.total():
-            raise ValueError("\n".join([f"--max-bad {config.max_bad}: too many samples of epoch {epoch + 1} are broken", *lines]))
-        for line in lines if rank == 0 else ():
-            print("warning:", line)
+        account(config, shards, epoch, Counter(index["shard"][samples[first:last]].ravel().tolist()), lost)
         results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
         if rank == 0 and results:
             log.write(json.dumps(record | {"eval": results}) + "\n")
