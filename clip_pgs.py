@@ -1079,7 +1079,7 @@ def parse(arguments):
             how |= dict(nargs="?", const=ALONE)
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     options = parser.parse_args(arguments)
-    if not options.data:
+    if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
         options = parser.parse_args(arguments)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})

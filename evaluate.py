@@ -6,8 +6,8 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
 
 Takes checkpoints of clip_pgs.py, state dicts with open_clip's names (so also the CLIP-PGS authors' files) and
-OpenAI's archives. A folder tells by what lies in it how to evaluate it. In the order of the file: load, preprocess,
-folders, embed, zero-shot classification, retrieval, linear probe, compositionality, pictures, table and main.
+OpenAI's archives. A folder tells by what lies in it how to evaluate it. The story, top to bottom: load, preprocess,
+folders, embed, classification, retrieval, linear probe, one folder, compositionality, pictures, table and main.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ import clip_pgs
 import data
 
 # -----------------------------------------------------------------------------
-# Load. A checkpoint made here knows its own size and tokenizer; of any other file, the tensors' shapes tell the size.
+# Load. A checkpoint made here knows its size and its tokenizer; of any other file, the tensors' shapes tell the size.
 
 
 def load(path, vocab="", quick_gelu=False):
@@ -66,12 +66,12 @@ def load(path, vocab="", quick_gelu=False):
 
 
 def read_checkpoint(path):
-    """The dict inside a checkpoint file. OpenAI's archives are TorchScript, which torch loads by another function."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
+    """The dict inside a checkpoint file. OpenAI's are archives of TorchScript, which has its own way to load."""
+    try:
+        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except (RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: a damaged archive ({str(error).splitlines()[0]:.120})") from None
     checkpoint = clip_pgs.load_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint or a state dict")
@@ -102,6 +102,9 @@ def infer_config(path, state):
         embed_dim = state["text_projection"].shape[1]
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({error})") from None
+    if width % clip_pgs.HEAD_WIDTH or text_width % clip_pgs.HEAD_WIDTH or width > 1024:
+        # No tensor tells the number of heads. All of CLIP's are 64 wide; those of open_clip's ViT-H and up are not.
+        raise ValueError(f"{path}: a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
     size = dict(embed_dim=embed_dim, width=width, layers=depth("visual.transformer.resblocks."),
                 text_width=text_width, text_layers=depth("transformer.resblocks."))
     model = next((name for name, known in clip_pgs.SIZES.items() if known == size), f"the ViT in {path}")
@@ -117,8 +120,9 @@ def check_tensors(path, state, expected):
             raise ValueError(f"{path}: lacks the tensor {name} {tuple(tensor.shape)}")
         if state[name].shape != tensor.shape:
             raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-    for name in state.keys() - expected.keys():
-        raise ValueError(f"{path}: the tensor {name} {tuple(state[name].shape)} has no place in this model")
+    unknown = next((name for name in state if name not in expected), None)
+    if unknown:
+        raise ValueError(f"{path}: the tensor {unknown} {tuple(state[unknown].shape)} has no place in this model")
 
 
 # -----------------------------------------------------------------------------
@@ -174,9 +178,8 @@ def read_folder(folder, split="test"):
     """The Folder at a path. ValueError with one line for whatever is missing from it or contradicts itself."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder}: no such folder")
-    kind = "classification"
-    if os.path.exists(os.path.join(folder, "dataset_type.txt")):
-        kind = " ".join(read_lines(folder, "dataset_type.txt")).lower()
+    typed = os.path.exists(os.path.join(folder, "dataset_type.txt"))
+    kind = read_lines(folder, "dataset_type.txt")[0].lower() if typed else "classification"
     if kind == "retrieval":
         samples, texts = read_split(folder, split, "txt")
         return Folder(samples, [text.splitlines() for text in texts], [], [])
@@ -184,70 +187,55 @@ def read_folder(folder, split="test"):
         raise ValueError(f"{folder}/dataset_type.txt: '{kind}', expected retrieval or classification")
 
     samples, texts = read_split(folder, split, "cls")
-    classnames, templates = (read_lines(folder, name) for name in ("classnames.txt", TEMPLATES))
+    classnames = read_lines(folder, "classnames.txt")
+    templates = read_lines(folder, "zeroshot_classification_templates.txt")
     for line in templates:
         if "{c}" not in line:
-            raise ValueError(f"{folder}/{TEMPLATES}: '{line}' has no {{c}} for the class name")
-    labels = [read_label(sample, text, len(classnames)) for sample, text in zip(samples, texts)]
-    return Folder(samples, labels, classnames, templates)
-
-
-TEMPLATES = "zeroshot_classification_templates.txt"
+            raise ValueError(f"{folder}/zeroshot_classification_templates.txt: '{line}' lacks {{c}}, the class name")
+    for sample, text in zip(samples, texts):
+        if not text.strip().isdecimal() or int(text) >= len(classnames):
+            raise ValueError(f"{sample.path}: the label of {sample.name} is '{text.strip()[:20]}', but classnames.txt "
+                             f"has {len(classnames)} lines, for 0 to {len(classnames) - 1}")
+    return Folder(samples, [int(text) for text in texts], classnames, templates)
 
 
 def read_lines(folder, name):
-    """The lines of a text file in a folder. ValueError if it is missing or a line is blank: lines are numbered."""
+    """The lines of a text file in a folder. ValueError if it is missing or one is blank: their numbers count."""
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read().splitlines()]
+            lines = [line.strip() for line in file.read().splitlines()] or [""]
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; is {folder} a folder in CLIP_benchmark's layout?") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8") from None
-    if not lines or "" in lines:
-        raise ValueError(f"{path}: line {len(lines) and lines.index('') + 1} is blank" if lines else f"{path}: empty")
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
 
 def read_split(folder, split, extension):
     """[Sample], [str]: the images of a split and the text of the `extension` file beside each, in order."""
-    [number] = read_lines(folder, os.path.join(split, "nshards.txt"))[:1]
+    number = read_lines(folder, os.path.join(split, "nshards.txt"))[0]
     if not number.isdecimal() or int(number) == 0:
         raise ValueError(f"{folder}/{split}/nshards.txt: '{number}', expected the number of shards")
     samples, texts = [], []
     for shard in (os.path.join(folder, split, f"{i}.tar") for i in range(int(number))):
         if not os.path.exists(shard):
-            raise ValueError(f"{shard}: missing, nshards.txt says that there are {number} shards")
+            raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
         with open(shard, "rb") as file:
             for key, files in data.tar_samples(shard).items():
                 image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
                 if image is None or extension not in files:
-                    lacks = f".{extension}" if image else "image"
-                    raise ValueError(f"{shard}: sample {key} has no {lacks}")
-                file.seek(files[extension][0])
-                raw = file.read(files[extension][1])
+                    raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
+                offset, size = files[extension]
+                file.seek(offset)
+                text = file.read(size).decode("utf-8", "replace")
+                if not text.strip() or "\ufffd" in text:
+                    raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
                 samples.append(Sample(shard, *files[image], f"{key}.{image}"))
-                texts.append(read_text(shard, f"{key}.{extension}", raw))
+                texts.append(text)
     return samples, texts
-
-
-def read_text(shard, name, raw):
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{shard}: {name} is not UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{shard}: {name} is empty")
-    return text
-
-
-def read_label(sample, text, num_classes):
-    """The class number in a .cls file. ValueError if it is none of the classes."""
-    if not text.strip().isdecimal() or int(text) >= num_classes:
-        raise ValueError(f"{sample.path}: the label of {sample.name} is '{text.strip()[:20]}', but classnames.txt has "
-                         f"{num_classes} lines, for 0 to {num_classes - 1}")
-    return int(text)
 
 
 def read_image(sample):
@@ -278,15 +266,12 @@ def image_batches(samples, size, workers):
 
     ahead = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        try:
-            for start in range(0, len(samples), IMAGE_BATCH):
-                ahead.append([pool.submit(read, sample) for sample in samples[start:start + IMAGE_BATCH]])
-                if len(ahead) > 2:
-                    yield torch.stack([image.result() for image in ahead.popleft()])
-            while ahead:
+        for start in range(0, len(samples), IMAGE_BATCH):
+            ahead.append([pool.submit(read, sample) for sample in samples[start:start + IMAGE_BATCH]])
+            if len(ahead) > 2:
                 yield torch.stack([image.result() for image in ahead.popleft()])
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error, what is still queued is not worth waiting for
+        while ahead:
+            yield torch.stack([image.result() for image in ahead.popleft()])
 
 
 @torch.no_grad()
@@ -357,7 +342,7 @@ QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in me
 
 
 def nearest(queries, gallery, k=10):
-    """(Q, k) indices of the rows of gallery (G, D) most similar to each of queries (Q, D), best first; k at most G."""
+    """(Q, k) indices of the rows of gallery (G, D) nearest to each of queries (Q, D), best first; k is at most G."""
     return torch.cat([(rows @ gallery.T).topk(min(k, len(gallery))).indices for rows in queries.split(QUERIES)])
 
 
@@ -377,7 +362,7 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
 
-STRENGTHS = [10 ** (half / 2) for half in range(-2, 13)]  # 0.1 to 1e6: unit features need large weights
+STRENGTHS = [10.0 ** power for power in range(-1, 7)]  # C; unit features need large weights
 PROBE_ROWS = 65536  # rows of logits in memory at a time; the gradient is that of all rows
 
 
@@ -388,8 +373,8 @@ def fit_logistic(features, labels, num_classes, C, start=None):
     """
     N, D = features.shape
     weights = features.new_zeros(num_classes, D + 1) if start is None else start.clone()
-    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=1000, tolerance_grad=1e-7,
-                                  tolerance_change=1e-12, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=1000, tolerance_grad=1e-6,
+                                  tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -440,7 +425,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     All ranks call it together. probe: a linear probe of a classification folder as well ("lp_acc1"), which needs
     its train/ split. pictures: a folder for a PNG of what was found or mistaken.
     """
-    name, this = folder_name(folder), read_folder(folder)
+    name, this = os.path.basename(os.path.abspath(folder)), read_folder(folder)
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
     device = images.device
@@ -452,7 +437,8 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         if rank > 0:
             return {}
         if pictures:
-            draw_retrieval(os.path.join(pictures, f"{name}.png"), this.samples, captions, image_of_text, images, texts)
+            sheet = os.path.join(pictures, f"{name}.png")
+            draw_retrieval(sheet, this.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=device))
 
     classes = class_features(model, tokenizer, this.classnames, this.templates, rank, world_size)
@@ -469,10 +455,6 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best of "
               f"{len(STRENGTHS)} on a held-out tenth ({held_out:.1%} right), then refit on all")
     return metrics
-
-
-def folder_name(folder):
-    return os.path.basename(os.path.abspath(folder))
 
 
 # -----------------------------------------------------------------------------
@@ -525,46 +507,39 @@ def read_questions(path):
 TILE, MARGIN = 160, 8
 
 
-def draw_tile(sheet, x, y, sample, text="", color="white"):
-    """One image in a frame of a colour, with text below it."""
-    tile = resize_and_crop(read_image(sample), TILE).permute(1, 2, 0).numpy()
+def draw_sheet(path, rows):
+    """Writes rows (title, [(sample, text, color of the frame), at most five]) as a PNG, each text below its image."""
+    left, width, height = (240 if rows[0][0] else 0), TILE + 2 * MARGIN, TILE + 2 * MARGIN + 28
+    sheet, font = Image.new("RGB", (left + 5 * width, len(rows) * height), "white"), ImageFont.load_default(12)
     draw = ImageDraw.Draw(sheet)
-    draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill=color)
-    sheet.paste(Image.fromarray(tile), (x, y))
-    draw.multiline_text((x, y + TILE + 5), text, fill="black", font=ImageFont.load_default(11))
+    for row, (title, tiles) in enumerate(rows):
+        draw.multiline_text((MARGIN, row * height + MARGIN), textwrap.fill(title, 34), "black", font)
+        for column, (sample, text, color) in enumerate(tiles):
+            x, y = left + column * width + MARGIN, row * height + MARGIN
+            draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill=color)
+            sheet.paste(Image.fromarray(resize_and_crop(read_image(sample), TILE).permute(1, 2, 0).numpy()), (x, y))
+            draw.multiline_text((x, y + TILE + 4), text, "black", font)
+    sheet.save(path)
 
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
-    """Writes ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
+    """Ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
     asked = sorted({number * len(captions) // 10 for number in range(10)})
-    found = nearest(texts[asked], images, k=5).tolist()
-    step = TILE + 2 * MARGIN
-    sheet = Image.new("RGB", (240 + len(found[0]) * step, len(asked) * step), "white")
-    for y, (query, row) in enumerate(zip(asked, found)):
-        text = wrap(captions[query], width=34)
-        ImageDraw.Draw(sheet).multiline_text((MARGIN, y * step + MARGIN), text, "black", ImageFont.load_default(13))
-        for x, number in enumerate(row):
-            color = "limegreen" if number == image_of_text[query] else "white"
-            draw_tile(sheet, 240 + x * step, y * step + MARGIN, samples[number], color=color)
-    sheet.save(path)
+    draw_sheet(path, [(captions[query], [(samples[i], "", "limegreen" if i == image_of_text[query] else "white")
+                                         for i in found])
+                      for query, found in zip(asked, nearest(texts[asked], images, k=5).tolist())])
 
 
 def draw_mistakes(path, folder, scores, labels):
-    """Writes up to twenty mistakes, those where the wrong class leads the true one by most, with both names."""
+    """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
     best, predicted = scores.max(1)
-    lead = (best - scores.gather(1, labels[:, None])[:, 0]).masked_fill(predicted == labels, -1)
-    worst = [i for i in lead.topk(min(20, len(lead))).indices.tolist() if lead[i] >= 0]
-    sheet = Image.new("RGB", (5 * (TILE + 2 * MARGIN), max(1, math.ceil(len(worst) / 5)) * (TILE + 60)), "white")
-    for place, i in enumerate(worst):
-        text = wrap(f"predicted: {folder.classnames[predicted[i]]}\ntrue: {folder.classnames[labels[i]]}", width=26)
-        x, y = place % 5 * (TILE + 2 * MARGIN) + MARGIN, place // 5 * (TILE + 60) + MARGIN
-        draw_tile(sheet, x, y, folder.samples[i], text)
-    sheet.save(path)
-
-
-def wrap(text, width):
-    """The lines of a text broken between words."""
-    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.splitlines())
+    lead = best - scores.gather(1, labels[:, None])[:, 0]
+    worst = [i for i in lead.argsort(descending=True)[:20].tolist() if lead[i] > 0]
+    names = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames]
+    tiles = [(folder.samples[i], f"predicted: {names[predicted[i]]}\ntrue: {names[labels[i]]}", "white")
+             for i in worst]
+    if tiles:  # a perfect score leaves nothing to draw
+        draw_sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
 
 
 # -----------------------------------------------------------------------------
@@ -578,7 +553,8 @@ def table(results):
     """
     rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
-        rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified) for name in classified[0]}
+        rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified)
+                           for name in classified[0]}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
     for row, metrics in rows.items():
@@ -604,11 +580,8 @@ def run(options):
     if options.pictures:
         os.makedirs(options.pictures, exist_ok=True)
 
-    unique = len({folder_name(folder) for folder in folders}) == len(folders)
-    results = {}
-    for folder in folders:
-        results[folder_name(folder) if unique else folder] = evaluate(
-            model, tokenizer, config, folder, workers=options.workers, probe=options.probe, pictures=options.pictures)
+    results = {folder: evaluate(model, tokenizer, config, folder, workers=options.workers, probe=options.probe,
+                                pictures=options.pictures) for folder in folders}
     if options.sugarcrepe:
         results |= sugarcrepe(model, tokenizer, config, options.sugarcrepe, options.images, options.workers)
     print(table(results))
