@@ -622,8 +622,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        cause = str(error).split("\n")[0][:100] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({cause})") from None
+        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more than "
+                         "tensors and plain values and could run code") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
     return state
