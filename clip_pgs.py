@@ -97,12 +97,12 @@ SIZES = {
     "ViT-B-16": dict(embed_dim=512, width=768, layers=12, text_width=512, text_layers=12),
     "ViT-S-16": dict(embed_dim=384, width=384, layers=12, text_width=384, text_layers=12),
     "ViT-L-16": dict(embed_dim=768, width=1024, layers=24, text_width=768, text_layers=12),
-    "demo": dict(embed_dim=128, width=128, layers=4, text_width=128, text_layers=2),
+    "demo": dict(embed_dim=128, width=128, layers=4, text_width=64, text_layers=2),
 }
 HEAD_WIDTH = 64
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
-DEMO = dict(model="demo", image_size=64, patch_size=8, context_length=24, vocab_size=1024, batch_size=256, epochs=6,
+DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128, epochs=8,
             lr=2e-3, warmup=50, workers=1, val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 
@@ -168,8 +168,8 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself takes care of the variance
-    # A patch of one flat colour is now zero up to rounding noise, which a cosine would blow up. One more, tiny,
-    # equal coordinate outweighs the noise: flat patches become similar to each other, others hardly change.
+    # A patch of one grey is now zero up to rounding noise, which a cosine would blow up. One more, tiny, equal
+    # coordinate outweighs the noise: such patches become similar to each other, others hardly change.
     S = _cosine(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
         return S
@@ -670,6 +670,15 @@ def save_grid(path, grid, titles=(), tile=192):
     sheet.save(path)
 
 
+def save_pictures(config, images, keep, valid):
+    """Writes masks.png: a few training images and below them what the encoder saw."""
+    seen = denormalize(images)
+    if keep is not None:
+        B = len(images)
+        seen = masked_pictures(images, keep[:B], None if valid is None else valid[:B], config.patch_size)
+    save_grid(os.path.join(config.out, "masks.png"), [denormalize(images), seen])
+
+
 def open_photo(path, size):
     """A photograph as the model sees it in evaluation, (1, 3, size, size): upright, centre square, normalised."""
     try:
@@ -683,7 +692,9 @@ def open_photo(path, size):
 
 def show_masks(config):
     """Writes masks.png: a row a photograph, with its edges and what each mask keeps of it."""
-    stored = load_checkpoint(config.resume) if config.resume else {}
+    stored = load_checkpoint(resume_path(config)) if resume_path(config) else {}
+    if stored and not {"model", "config"} <= stored.keys():
+        raise ValueError(f"--resume {resume_path(config)}: weights only, not a checkpoint of this program")
     for name in ("model", "image_size", "patch_size", "quick_gelu") if stored else ():
         setattr(config, name, stored["config"][name])
     torch.manual_seed(config.seed)
@@ -860,21 +871,25 @@ FREE = ("val", "vocab", "vocab_size", "max_bad", "batch_size", "accum", "workers
         "resume", "force", "grad_checkpointing", "show_masks")
 
 
+def resume_path(config):
+    """The checkpoint that --resume means, or "" for a fresh start."""
+    if config.resume != ALONE:
+        return config.resume
+    path = os.path.join(config.out, "ckpt.pt")
+    return path if os.path.exists(path) else ""
+
+
 def resume_state(config, global_batch):
     """The checkpoint to go on from, or {}. ValueError if an option that changes the result differs from it."""
-    path = config.resume
-    if path == ALONE:
-        path = os.path.join(config.out, "ckpt.pt")
-        if not os.path.exists(path):
-            return {}
+    path = resume_path(config)
     if not path:
         return {}
     state = load_checkpoint(path)
-    if not {"model", "optimizer", "step", "global_batch"} <= state.keys():
+    if not {"model", "optimizer", "step", "config", "global_batch", "num_samples"} <= state.keys():
         raise ValueError(f"--resume {path}: weights only, no state of a training run")
     then, now = state["config"], asdict(config)
     changed = [f"--{name.replace('_', '-')} was {then[name]}, now {now[name]}"
-               for name in then if name not in FREE and then[name] != now[name]]
+               for name in then if name in now and name not in FREE and then[name] != now[name]]
     if state["global_batch"] != global_batch:
         changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, now {global_batch}")
     if changed and not config.force:
@@ -888,9 +903,10 @@ def open_log(path, step):
     if step and os.path.exists(path):
         with open(path) as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log = open(path, "w", buffering=1)
-    log.writelines(lines)
-    return log
+    with open(path + ".part", "w") as file:
+        file.writelines(lines)
+    os.replace(path + ".part", path)
+    return open(path, "a", buffering=1)
 
 
 class Stop:
@@ -913,12 +929,16 @@ def build(config, state, device):
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     optimizer = make_optimizer(clip, config)
-    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
     if state:
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.load_state_dict(state["ema"])
+        try:
+            clip.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:  # --force can do much, but not change the shape of tensors
+            raise ValueError(f"--resume {resume_path(config)}: does not fit this model: "
+                             f"{str(error).splitlines()[-1].strip()}") from None
+    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
+    if ema and state.get("ema"):
+        ema.load_state_dict(state["ema"])
     return clip, optimizer, ema
 
 
@@ -966,6 +986,9 @@ def train(config, device):
         for folder in config.val:
             evaluate.read_folder(folder)
     shards, index = load_data(config)
+    if state and state["num_samples"] != len(index) and not config.force:
+        raise ValueError(f"--resume {resume_path(config)}: the data had {state['num_samples']} samples, now "
+                         f"{len(index)}. --force goes on all the same")
     steps_per_epoch = len(index) // global_batch
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images a step of only {len(index)} samples")
@@ -981,7 +1004,7 @@ def train(config, device):
     def save(name):
         save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
                         ema=ema and ema.state_dict(), config=asdict(config), merges=tokenizer.merges, step=step,
-                        global_batch=global_batch)
+                        global_batch=global_batch, num_samples=len(index))
 
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
@@ -1003,7 +1026,7 @@ def train(config, device):
                 group["lr"] = learning_rate(step, total_steps, config.lr, config.warmup)
             images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
             keep, valid = None, None
-            if step < masked_steps:
+            if step < masked_steps and config.mask != "none":
                 noise = step_noise(config, step, global_batch, device)
                 keep, valid = mask_chunks(config, clip.visual, ema, images, noise, alpha)
 
@@ -1030,25 +1053,30 @@ def train(config, device):
                 log.write(json.dumps(record) + "\n")
                 bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
                 bar.update()
-                if batch == first and keep is not None:
-                    pictures = normalize(images[:8], device)
-                    seen = masked_pictures(pictures, keep[:8], None if valid is None else valid[:8], config.patch_size)
-                    save_grid(os.path.join(config.out, "masks.png"), [denormalize(pictures), seen])
-                if stopping or (step % config.save_every == 0 and batch + 1 < last):
+                if batch == first:
+                    save_pictures(config, normalize(images[:8], device), keep, valid)
+                if (stopping or step % config.save_every == 0) and batch + 1 < last:
                     save("ckpt.pt")
             if stopping:
-                bar.close()
-                raise Interrupted(f"stopped after step {step} of {total_steps}; go on with the same command and --resume")
+                break
         bar.close()
+        if batch + 1 < last:  # a signal, in the middle of an epoch
+            break
 
         if rank == 0:
-            save("ckpt.pt")
             if config.keep and batch + 1 == steps_per_epoch:
                 save(f"epoch_{epoch + 1}.pt")
+            save("ckpt.pt")
         account(config, shards, epoch, Counter(index["shard"][samples[first:last]].ravel().tolist()), lost)
         results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
         if rank == 0 and results:
             log.write(json.dumps(record | {"eval": results}) + "\n")
+        if stopping:
+            break
+    if step < total_steps:
+        raise Interrupted(f"stopped after step {step} of {total_steps}; go on with the same command and --resume")
+    if not results:  # resumed at the very end
+        results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
     if rank == 0:
         if results:
             print(evaluate.table(results))

@@ -24,6 +24,7 @@ import signal
 import sys
 import tarfile
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from functools import lru_cache
 
@@ -69,6 +70,8 @@ def _braces(pattern):
     if not found:
         return [pattern]
     first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"--data {pattern}: the range {found.group()} is empty")
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
     heads = (pattern[:found.start()] + number for number in numbers)
     return [path for head in heads for path in _braces(head + pattern[found.end():])]
@@ -117,10 +120,10 @@ def tar_members(path):
 def _octal(field, path):
     if field[0] == 0x80:  # base 256, for files of 8 GiB and more
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise ValueError(f"{path}: not a tar (a header without a size)") from None
+    digits = field.strip(b" \0")
+    if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign: a negative size sends the reader in circles
+        raise ValueError(f"{path}: not a tar (a header without a size)")
+    return int(digits or b"0", 8)
 
 
 def tar_samples(path, samples=None):
@@ -139,8 +142,8 @@ def tar_samples(path, samples=None):
     return samples
 
 
-INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i4"),
-                  ("text", "i8"), ("text_size", "i4"), ("json", "?")])
+INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
+                  ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
 
 def build_index(shards, max_bad=0.1, progress=False):
@@ -150,7 +153,7 @@ def build_index(shards, max_bad=0.1, progress=False):
     share `max_bad` of the shards is broken or of the samples incomplete.
     """
     rows, broken, incomplete = [], [], Counter()
-    for number, path in enumerate(tqdm(shards, "reading shard indexes", disable=not progress, leave=False)):
+    for number, path in enumerate(tqdm(shards, "reading shard indexes", leave=False, disable=not progress or None)):
         samples = {}
         try:
             tar_samples(path, samples)
@@ -260,9 +263,12 @@ def _word_pattern():
     return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{others}]+|[\d{others}]|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
+MAX_CHARACTERS = 2000  # far more than a context of 77 tokens holds; merging a word takes the square of its length
+
+
 def split_words(text):
     """The words of a caption, each a string of byte symbols: lower case, HTML unescaped, white space folded."""
-    text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+    text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
     return ["".join(BYTES[byte] for byte in word.encode("utf-8", "replace")) for word in _word_pattern().findall(text)]
 
 
@@ -322,8 +328,6 @@ class Tokenizer:
     def __init__(self, merges, context_length=77):
         self.merges, self.context_length = merges, context_length
         pairs = [tuple(line.split()) for line in merges.splitlines()]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("the merges of the tokenizer must be two symbols a line")
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values()), *map("".join, pairs)]
         self.rank = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
@@ -337,10 +341,13 @@ class Tokenizer:
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().splitlines()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            # The first line is a version. CLIP uses only as many merges as make 49,408 with bytes and specials.
+            merges = lines[1:49408 - 512 - 2 + 1]
+            if not merges or any(len(line.split()) != 2 for line in merges):
+                raise ValueError("not a list of two symbols a line")
+        except (OSError, EOFError, zlib.error, ValueError) as error:
             raise ValueError(f"--vocab {path}: {error}; expected CLIP's bpe_simple_vocab_16e6.txt.gz") from None
-        # The first line is a version. CLIP uses only as many of the merges as make 49,408 with bytes and specials.
-        return cls("\n".join(lines[1:49408 - 512 - 2 + 1]), context_length)
+        return cls("\n".join(merges), context_length)
 
     def _word(self, word):
         if word not in self._cache:
@@ -472,11 +479,15 @@ def read_caption_list(path):
 
     ValueError with the line's number for a malformed line, a missing file, or one that is no known image.
     """
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            image, tab, caption = line.rstrip("\r\n").partition("\t")
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig").rstrip("\r\n")  # -sig: some editors put a mark before the first line
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {number}: not UTF-8") from None
+            image, tab, caption = line.partition("\t")
             if not tab or not image or not caption.strip():
-                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption`, got {line.rstrip()!r:.80}")
+                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption`, got {line!r:.80}")
             extension = image.rpartition(".")[2].lower()
             if extension not in IMAGE_EXTENSIONS:
                 raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")

@@ -377,13 +377,21 @@ def test_cluster_removes_what_is_most_similar_to_its_anchor():
 
 @pytest.mark.parametrize("transport", [True, False])
 def test_pgs_removes_what_is_most_similar_to_a_candidate(transport):
-    images, noise = noise_images(3, 32, 32), torch.rand(3, 65, generator=seeded())
+    images = for_model(picture(32)).repeat(3, 1, 1, 1) + 0.05 * noise_images(3, 32, 32)
+    noise = torch.rand(3, 65, generator=seeded(1))
     keep, _ = masked("pgs", images, (0.5,), noise=noise, transport=transport)
     S = patch_similarity(images, 4).double()
-    score = S + alternating_sinkhorn(S) * transport
+    plain, balanced = S, S + alternating_sinkhorn(S)
     for row in range(3):                                                # 5 % of 64 patches: three candidates
         candidates = np.argsort(noise[row, :64].numpy() + edges_by_loop(images[row], 4))[:3]
-        assert keep[row].tolist() == score[row, candidates].amax(0).argsort()[:32].sort().values.tolist()
+        kept = [score[row, candidates].amax(0).argsort()[:32].sort().values.tolist() for score in (plain, balanced)]
+        assert kept[0] != kept[1] and keep[row].tolist() == kept[transport]
+
+
+def test_among_equally_similar_patches_the_candidates_are_the_first_to_go():
+    noise = torch.rand(1, 17, generator=seeded())
+    keep, _ = masked("pgs", KINDS["constant"], (0.5,), noise=noise)
+    assert keep[0].tolist() == noise[0, :16].argsort()[8:].sort().values.tolist()
 
 
 def test_pgs_without_edges_proposes_patches_by_noise_alone():
@@ -476,11 +484,11 @@ def test_parameters_have_open_clip_s_names():
     block = ["ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
              "attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
              "mlp.c_proj.bias"]
+    blocks = [f"transformer.resblocks.{i}.{name}" for i in (0, 1) for name in block]
     visual = ["class_embedding", "positional_embedding", "proj", "conv1.weight", "ln_pre.weight", "ln_pre.bias",
-              "ln_post.weight", "ln_post.bias", *(f"transformer.resblocks.{i}.{name}" for i in (0, 1) for name in block)]
+              "ln_post.weight", "ln_post.bias", *blocks]
     names = ["positional_embedding", "text_projection", "logit_scale", "token_embedding.weight", "ln_final.weight",
-             "ln_final.bias", *(f"transformer.resblocks.{i}.{name}" for i in (0, 1) for name in block),
-             *(f"visual.{name}" for name in visual)]
+             "ln_final.bias", *blocks, *(f"visual.{name}" for name in visual)]
     assert sorted(CLIP(tiny()).state_dict()) == sorted(names)
 
 
@@ -668,7 +676,7 @@ def test_a_batch_without_a_valid_pair_costs_nothing_and_has_no_gradient():
 # One step, in one pass or many, on one rank or two.
 
 def one_step(config):
-    """(1 + P,) the loss and all gradients of a step on 8 fixed pairs, one of them not valid, shared out among the ranks."""
+    """(1 + P,) loss and gradients of a step on 8 pairs, one of them not valid, shared out among the ranks."""
     rank, world_size = clip_pgs.ranks()
     clip = random_clip(config)
     model = DistributedDataParallel(clip) if world_size > 1 else clip
@@ -798,17 +806,23 @@ class Evil:
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     for write in (lambda x, path: path.write_bytes(pickle.dumps(x, 2)), torch.save):
         write({"model": Evil(str(tmp_path / "pwned"))}, tmp_path / "evil.pt")
-        with pytest.raises(ValueError, match="^[^\n]*evil.pt: not a checkpoint[^\n\x1b]*$"):
+        with pytest.raises(ValueError, match="^[^\n]*evil.pt: refused[^\n]*could run code$"):
             clip_pgs.load_checkpoint(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "list", None])
-def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, content):
+def saved(thing):
+    raw = io.BytesIO()
+    torch.save(thing, raw)
+    return raw.getvalue()
+
+
+@pytest.mark.parametrize("raw", [b"", b"not a checkpoint", saved({"step": 1})[:300], saved([1, 2]), None],
+                         ids=["empty", "text", "cut", "list", "missing"])
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, raw):
     path = tmp_path / "ckpt.pt"
-    if content is not None:
-        torch.save([1, 2] if content == "list" else {"step": 1}, path)
-        path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:None if content == "list" else 300])
+    if raw is not None:
+        path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"^[^\n]*ckpt.pt: [^\n]+$"):
         clip_pgs.load_checkpoint(str(path))
 
@@ -1017,6 +1031,58 @@ def test_resume_alone_starts_fresh_where_there_is_no_checkpoint(train):
     assert len(train("--resume", "--steps", 2)) == 2
 
 
+def test_resuming_on_fewer_samples_than_before_is_refused(train, tmp_path):
+    train("--steps", 3)
+    write_shard(tmp_path / "1.tar", pairs(range(20, 36)))               # one sample in ten is gone: another order
+    with pytest.raises(SystemExit, match="40[^\n]*36[^\n]*--force"):
+        train("--steps", 3, "--resume")
+
+
+def test_force_goes_on_with_another_mask_even_one_that_needs_an_ema_encoder(train):
+    train("--steps", 2, "--mask", "random")
+    assert len(train("--steps", 4, "--mask", "attentive", "--resume", "--force")) == 4
+
+
+@pytest.mark.parametrize("option", [("--model", "demo"), ("--context-length", 8)])
+def test_force_cannot_fit_a_checkpoint_into_another_model(train, option):
+    train("--steps", 2)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*ckpt.pt[^\n]*$"):
+        train("--steps", 2, *option, "--resume", "--force")
+
+
+def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
+    train("--mask", "attentive", "--steps", 2)
+    picture(40).save(tmp_path / "photo.png")
+    capsys.readouterr()
+    command("--show-masks", tmp_path / "photo.png", "--resume", tmp_path / "out" / "ckpt.pt", "--out", tmp_path / "new")
+    assert capsys.readouterr().out == f"wrote {tmp_path}/new/masks.png\n" and (tmp_path / "new" / "masks.png").exists()
+
+
+def test_masks_cannot_be_shown_with_weights_of_an_unknown_model(tmp_path):
+    picture(40).save(tmp_path / "photo.png")
+    clip_pgs.save_checkpoint(str(tmp_path / "bare.pt"), **CLIP(tiny()).state_dict())
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*bare.pt[^\n]*$"):
+        command("--show-masks", tmp_path / "photo.png", "--resume", tmp_path / "bare.pt", "--out", tmp_path / "shown")
+
+
+def test_every_epoch_is_evaluated_and_the_result_is_in_the_log_and_on_the_screen(train, tmp_path, capsys):
+    folder = tmp_path / "val"
+    os.makedirs(folder / "test")
+    write_shard(folder / "test" / "0.tar", [(f"{i}.{kind}", raw) for i in range(4)
+                                            for kind, raw in (("png", png(i)), ("cls", b"%d" % (i % 2)))])
+    for name, text in {"test/nshards.txt": "1", "classnames.txt": "cat\ndog",
+                       "zeroshot_classification_templates.txt": "a {c}"}.items():
+        (folder / name).write_text(text)
+    evaluated = [(r["step"], r["eval"][str(folder)]["acc5"]) for r in train("--val", folder) if "eval" in r]
+    assert evaluated == [(5, 1.0), (10, 1.0)] and "acc1" in capsys.readouterr().out
+
+
+def test_a_truncated_shard_costs_its_tail_and_a_warning(train, tmp_path, capsys):
+    os.truncate(tmp_path / "1.tar", os.path.getsize(tmp_path / "1.tar") // 2)
+    assert len(train("--max-bad", 0.5)) == 2 * 3                        # at least 24 of 40 pairs are left
+    assert "warning" in (printed := capsys.readouterr().out) and "1.tar: truncated" in printed
+
+
 def test_broken_samples_are_counted_and_reported_once(train, tmp_path, capsys):
     draw_shards(tmp_path, broken=(7, 33))
     train("--epochs", 1)
@@ -1027,15 +1093,15 @@ def test_too_many_broken_samples_stop_the_run_with_their_causes_and_shards(train
     draw_shards(tmp_path, broken=range(20))
     with pytest.raises(SystemExit) as stop:
         train("--epochs", 1)
-    for part in ("--max-bad 0.1", "20 of 40 samples", "20 x cannot identify image file", "0.tar: none of its 20 samples"):
+    for part in ("--max-bad 0.1", "20 of 40 samples", "20 x cannot identify image file", "0.tar: none of its 20"):
         assert part in stop.value.code
 
 
 def started(folder, *more):
     """`python clip_pgs.py` in another process, which the demo model keeps busy for some seconds."""
-    return subprocess.Popen([sys.executable, "clip_pgs.py", *options(folder, "--model", "demo", *more)], cwd=HERE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                            text=True)
+    return subprocess.Popen([sys.executable, "clip_pgs.py", *options(folder, "--model", "demo", *more)],
+                            cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 LONG = ("--epochs", 10, "--save-every", 2, "--mask", "attentive", "--workers", 1)   # 50 steps
@@ -1084,7 +1150,8 @@ def bad_input(folder):
     """Files that are not what they seem: name -> path."""
     good = write_shard(folder / "good.tar", pairs(range(8)))
     whole = (folder / "good.tar").read_bytes()
-    for name, raw in {"empty": b"", "truncated": whole[:len(whole) // 2], "text": b"hello " * 500, "zero": bytes(9999)}.items():
+    bad = {"empty": b"", "truncated": whole[:len(whole) // 2], "text": b"hello " * 500, "zero": bytes(9999)}
+    for name, raw in bad.items():
         (folder / f"{name}.tar").write_bytes(raw)
     write_shard(folder / "captions.tar", [("1.txt", b"a caption without its image")])
     os.makedirs(folder / "val" / "test")
@@ -1110,7 +1177,7 @@ def bad_input(folder):
     ("--data {}/good.tar --val {}/val", "classnames"),
     ("--data {}/good.tar --val {}/nowhere", "nowhere: no such folder"),
     ("--data {}/good.tar --vocab {}/good.tar", "good.tar[^\n]*bpe_simple_vocab_16e6.txt.gz"),
-    ("--data {}/good.tar --resume {}/corrupt.pt", "corrupt.pt: not a checkpoint"),
+    ("--data {}/good.tar --resume {}/corrupt.pt", "corrupt.pt: refused"),
     ("--data {}/good.tar --resume {}/gone.pt", "gone.pt: no such checkpoint"),
     ("--data {}/good.tar --out {}/good.tar/x", "good.tar"),
     ("--show-masks {}/good.tar", "good.tar: cannot identify image file"),
@@ -1132,6 +1199,14 @@ def test_bad_input_shows_no_traceback(tmp_path):
 
 # -----------------------------------------------------------------------------
 # data.py: shards.
+
+def captions_in(shards, index):
+    return [data.read_caption(shards[row["shard"]], row) for row in index]
+
+
+def images_in(shards, index):
+    return [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
+
 
 def test_braces_stand_for_numbers_of_the_same_width(tmp_path):
     names = ["a08.tar", "a09.tar", "a10.tar"]
@@ -1164,19 +1239,18 @@ def test_every_dialect_of_tar_is_read(tmp_path, format):
 def test_links_devices_and_folders_in_a_tar_are_ignored(tmp_path):
     path = str(tmp_path / "0.tar")
     with tarfile.open(path, "w") as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
-            member = tarfile.TarInfo(f"kind{kind.decode()}.txt")
-            member.type, member.linkname = kind, "/etc/passwd"
+        for kind in ("SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE", "DIRTYPE"):
+            member = tarfile.TarInfo(f"{kind}.txt")
+            member.type, member.linkname = getattr(tarfile, kind), "/etc/passwd"
             tar.addfile(member)
         tar.addfile(tarfile.TarInfo("real.txt"))
     assert [name for name, _, _ in data.tar_members(path)] == ["real.txt"]
 
 
 def test_member_names_are_never_used_as_paths(tmp_path):
-    members = [("../../evil.png", png()), ("../../evil.txt", b"a thing"), ("/etc/passwd.png", png()), ("/etc/passwd.txt", b"x")]
-    path = write_shard(tmp_path / "0.tar", members)
-    index, _ = data.build_index([path])
-    assert [data.read_caption(path, row) for row in index] == ["a thing", "x"]
+    members = [("../../evil.png", png()), ("../../evil.txt", b"a thing"), ("/etc/pw.png", png()), ("/etc/pw.txt", b"x")]
+    shards = [write_shard(tmp_path / "0.tar", members)]
+    assert captions_in(shards, data.build_index(shards)[0]) == ["a thing", "x"]
     assert os.listdir(tmp_path) == ["0.tar"] and not (tmp_path.parent.parent / "evil.png").exists()
 
 
@@ -1190,27 +1264,24 @@ def test_a_truncated_tar_gives_its_whole_samples_and_then_an_error_that_names_it
     assert {key: sorted(files) for key, files in samples.items()} == {"0000": ["png", "txt"], "0001": ["png", "txt"]}
 
 
-def with_size_field(tmp_path, field):
-    raw = bytearray(open(write_shard(tmp_path / "0.tar", [("a.txt", b"12345"), ("b.txt", b"")]), "rb").read())
-    raw[124:136] = field
-    (tmp_path / "0.tar").write_bytes(raw)
-    return str(tmp_path / "0.tar")
-
-
 @pytest.mark.parametrize("field", [b"-0000001000\0", b"-0000002000\0", b"elephants  \0", b"77777777777\0",
                                    b"\x80" + b"\xff" * 11, b"\xff" * 12])
 def test_a_tar_with_an_impossible_size_is_an_error_and_never_a_loop(tmp_path, field):
+    path = write_shard(tmp_path / "0.tar", [("a.txt", b"12345"), ("b.txt", b"")])
+    with open(path, "r+b") as file:
+        file.seek(124)
+        file.write(field)
     with pytest.raises(ValueError, match="0.tar: (not a tar|truncated)"):
-        list(islice(data.tar_members(with_size_field(tmp_path, field)), 100))
+        list(islice(data.tar_members(path), 100))
 
 
 def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
-    whole, rng = open(write_shard(tmp_path / "0.tar", pairs(range(3))), "rb").read(), random.Random(0)
+    write_shard(tmp_path / "0.tar", [(name, raw[:40]) for name, raw in pairs(range(3))])
+    whole, rng = (tmp_path / "0.tar").read_bytes(), random.Random(0)
     for number in range(300):
-        raw = bytearray(whole[:rng.randrange(len(whole))] if number % 3 == 0 else whole)
-        for _ in range(rng.randrange(1, 30)):
-            raw[rng.randrange(min(len(raw), 4000)) if raw else 0:][:1] or raw.append(0)
-            raw[rng.randrange(len(raw))] = rng.choice(b"\0\xff07-x")
+        raw = bytearray(whole[:rng.randrange(1, 6000)] if number % 3 == 0 else whole)
+        for _ in range(30):
+            raw[rng.randrange(min(len(raw), 6000))] = rng.choice(b"\0\xff07-x")
         (tmp_path / "1.tar").write_bytes(raw)
         try:
             assert len(list(islice(data.tar_members(str(tmp_path / "1.tar")), 1000))) < 1000
@@ -1222,19 +1293,18 @@ def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
 # data.py: index and order.
 
 def test_the_index_holds_every_image_with_a_caption(tmp_path):
-    first = write_shard(tmp_path / "0.tar", pairs([0, 1]))
-    second = write_shard(tmp_path / "1.tar", [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", png(5)),
-                                              ("b.jpeg", png(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")])
-    index, warnings = data.build_index([first, second])
+    members = [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", png(5)),
+               ("b.jpeg", png(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")]
+    shards = [write_shard(tmp_path / "0.tar", pairs([0, 1])), write_shard(tmp_path / "1.tar", members)]
+    index, warnings = data.build_index(shards)
     assert warnings == [] and index["shard"].tolist() == [0, 0, 1, 1]
-    shards = [first, second]
-    assert [data.read_caption(shards[row["shard"]], row) for row in index] == [caption_of(0), caption_of(1), "from json", "grün"]
-    assert [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index] == [
-        png(0), png(1), png(5), png(6)]
+    assert captions_in(shards, index) == [caption_of(0), caption_of(1), "from json", "grün"]
+    assert images_in(shards, index) == [png(0), png(1), png(5), png(6)]
 
 
-@pytest.mark.parametrize("name, raw", [("a.json", b"{}"), ("a.json", b"[1"), ("a.json", b"3"), ("a.json", b'{"caption": 3}'),
-                                       ("a.json", b"[" * 100_000), ("a.txt", b"\xff\xfe"), ("a.txt", b" \n")])
+@pytest.mark.parametrize("name, raw", [
+    ("a.json", b"{}"), ("a.json", b"[1"), ("a.json", b"3"), ("a.json", b'{"caption": 3}'), ("a.json", b"[" * 100_000),
+    ("a.txt", b"\xff\xfe"), ("a.txt", b" \n")], ids=range(7))
 def test_a_caption_that_is_none_is_a_value_error(tmp_path, name, raw):
     path = write_shard(tmp_path / "0.tar", [(name, raw), ("a.png", png())])
     index, _ = data.build_index([path])
@@ -1274,7 +1344,8 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     index = index_of(7, 100)
     order = data.epoch_order(index, 3, 2)
     assert (order == data.epoch_order(index, 3, 2)).all()
-    assert (order != data.epoch_order(index, 3, 1)).mean() > 0.9 and (order != data.epoch_order(index, 4, 2)).mean() > 0.9
+    for other in data.epoch_order(index, 3, 1), data.epoch_order(index, 4, 2):
+        assert (order != other).mean() > 0.9
 
 
 def test_shards_are_shuffled_and_read_nearly_one_after_the_other(monkeypatch):
@@ -1302,9 +1373,9 @@ def test_images_of_the_known_formats_decode(format):
     assert image.size == (30, 20) and np.abs(np.asarray(image)[10, 10] - np.array((200, 30, 30))).max() < 8
 
 
-@pytest.mark.parametrize("raw", [b"", b"hello", encoded(picture(64), "JPEG")[:-300], encoded(picture(64), "PNG")[:-100],
-                                 encoded(picture(64), "BMP"), encoded(picture(64), "GIF")],
-                         ids=["empty", "text", "cut jpeg", "cut png", "bmp", "gif"])
+@pytest.mark.parametrize("raw", [b"", b"hello", encoded(picture(64), "JPEG")[:-300],
+                                 encoded(picture(64), "PNG")[:-100], encoded(picture(64), "BMP")],
+                         ids=["empty", "text", "cut jpeg", "cut png", "bmp"])
 def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(raw):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         data.decode_image(raw)
@@ -1414,7 +1485,7 @@ def merges_by_loop(captions, num_merges):
 
 def test_learned_merges_are_those_of_the_plain_algorithm():
     rng = random.Random(0)
-    captions = ["".join(rng.choice("aab bnc ") for _ in range(30)) for _ in range(40)] + ["aaaa aaaaa banana bananas"] * 3
+    captions = ["".join(rng.choice("aab bnc ") for _ in range(30)) for _ in range(40)] + ["aaaa aaaaa banana"] * 3
     assert data.learn_merges(captions, 60) == merges_by_loop(captions, 60)
 
 
@@ -1490,7 +1561,7 @@ def test_shards_are_written_in_full_and_their_keys_count_on(tmp_path):
     for i in range(3):
         with tarfile.open(tmp_path / f"0000{i}.tar") as tar:
             names.append(tar.getnames())
-    assert names[1] == [f"00000000{i}.{extension}" for i in (2, 3) for extension in ("png", "txt")] and len(names[2]) == 2
+    assert names[1] == ["000000002.png", "000000002.txt", "000000003.png", "000000003.txt"] and len(names[2]) == 2
 
 
 def test_a_shard_appears_under_its_name_only_when_it_is_whole(tmp_path):
@@ -1504,7 +1575,7 @@ def test_a_shard_appears_under_its_name_only_when_it_is_whole(tmp_path):
 
 def packed(folder, text, monkeypatch):
     (folder / "list.tsv").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["data.py", "pack", str(folder / "list.tsv"), str(folder / "out"), "--shard-size", "2"])
+    monkeypatch.setattr(sys, "argv", ["data.py", "pack", f"{folder}/list.tsv", f"{folder}/out", "--shard-size", "2"])
     data.main()
     return data.expand([f"{folder}/out/*.tar"])
 
@@ -1514,13 +1585,13 @@ def test_packed_images_and_captions_come_back(tmp_path, monkeypatch):
         (tmp_path / f"{i}.v2.PNG").write_bytes(png(i))
     shards = packed(tmp_path, "".join(f"{i}.v2.PNG\tcaption ü {i}\n" for i in range(3)), monkeypatch)
     index, _ = data.build_index(shards)
-    assert [data.read_caption(shards[row["shard"]], row) for row in index] == [f"caption ü {i}" for i in range(3)]
-    assert [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index] == [png(i) for i in range(3)]
+    assert captions_in(shards, index) == ["caption ü 0", "caption ü 1", "caption ü 2"]
+    assert images_in(shards, index) == [png(0), png(1), png(2)]
 
 
-@pytest.mark.parametrize("line, says", [("no tab here", "image path <TAB> caption"), ("0.png\t ", "image path <TAB> caption"),
-                                        ("gone.png\ta caption", "gone.png: No such file"), ("list.tsv\tx", "not one of jpg"),
-                                        ("", "image path <TAB> caption")])
+@pytest.mark.parametrize("line, says", [
+    ("no tab here", "expected `image"), ("0.png\t ", "expected `image"), ("", "expected `image"),
+    ("gone.png\ta caption", "gone.png: No such file"), ("list.tsv\tx", "not one of jpg")])
 def test_a_bad_line_of_the_list_is_named_by_its_number(tmp_path, monkeypatch, line, says):
     (tmp_path / "0.png").write_bytes(png())
     with pytest.raises(SystemExit, match=f"^error: [^\n]*list.tsv, line 2: [^\n]*{says}[^\n]*$"):
@@ -1553,7 +1624,8 @@ def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatc
     data.make_demo(str(tmp_path / "demo"))
     files = {str(path.relative_to(tmp_path / "demo")) for path in (tmp_path / "demo").rglob("*") if path.is_file()}
     zero_shot = ["classnames.txt", "test/0.tar", "test/nshards.txt", "zeroshot_classification_templates.txt"]
-    assert files == {"retrieval/dataset_type.txt", "retrieval/test/0.tar", "retrieval/test/nshards.txt", "train/00000.tar",
+    retrieval = ["dataset_type.txt", "test/0.tar", "test/nshards.txt"]
+    assert files == {"train/00000.tar", *(f"retrieval/{name}" for name in retrieval),
                      *(f"{split}/{name}" for split in ("seen", "unseen") for name in zero_shot)}
 
 
