@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clip_pgs
 import data
+import evaluate
 from clip_pgs import CLIP, MASKS, Config, make_mask, patch_similarity, sinkhorn, sobel_edges
 
 torch.set_num_threads(1)  # tiny tensors, and the processes started here use one thread, too
@@ -1630,4 +1631,283 @@ def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatc
 
 
 # -----------------------------------------------------------------------------
-# evaluate.py.
+# evaluate.py, on folders of a few small pictures and a model of random weights.
+
+
+def noise_jpeg(seed, width=40, height=32, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates="a {c}\nthe {c}.", kind=""):
+    """An evaluation folder with one shard; samples: a list of {extension: bytes}."""
+    (path / "test").mkdir(parents=True)
+    with tarfile.open(path / "test" / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, files in enumerate(samples):
+            for extension, raw in files.items():
+                member = tarfile.TarInfo(f"{number:03d}.{extension}")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+    texts = {"test/nshards.txt": shards, "classnames.txt": classnames,
+             "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
+    for name, text in texts.items():
+        if text:
+            (path / name).write_text(text)
+    return str(path)
+
+
+def labelled(count):
+    return [{"jpg": noise_jpeg(number), "cls": str(number % 3).encode()} for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def small_clip():
+    """A model of random weights that knows bytes and no merges, its tokenizer, its Config."""
+    config = clip_pgs.Config(model="demo", image_size=16, patch_size=8, context_length=24, vocab_size=514)
+    torch.manual_seed(0)
+    return clip_pgs.CLIP(config).eval(), data.Tokenizer("", 24), config
+
+
+def save_small(path, small_clip, **changes):
+    model, tokenizer, config = small_clip
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    torch.save({"model": {**model.state_dict(), **changes}, "config": values, "merges": tokenizer.merges}, path)
+    return str(path)
+
+
+def test_a_checkpoint_gives_back_the_weights_it_was_saved_with(tmp_path, small_clip):
+    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip))
+    assert config == small_clip[2]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small_clip[0].state_dict().values()))
+
+
+def gzip_vocab():
+    symbols = [chr(256 + i) for i in range(320)]  # enough pairs for 48,894 different merges
+    pairs = [f"{a} {b}" for a in symbols for b in symbols]
+    return gzip.compress("\n".join(["#version", *pairs]).encode())
+
+
+def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path, small_clip):
+    config = clip_pgs.Config(model="demo", image_size=48, patch_size=16, context_length=9, vocab_size=49408)
+    state = {f"module.{name}": tensor for name, tensor in clip_pgs.CLIP(config).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "foreign.pt")
+    (tmp_path / "vocab.gz").write_bytes(gzip_vocab())
+    found = evaluate.load(str(tmp_path / "foreign.pt"), str(tmp_path / "vocab.gz"))[2]
+    assert (found.model, found.image_size, found.patch_size, found.context_length) == ("demo", 48, 16, 9)
+    assert not found.quick_gelu
+
+
+def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip):
+    torch.save(small_clip[0].state_dict(), tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
+        evaluate.load(str(tmp_path / "foreign.pt"))
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, small_clip):
+    path = save_small(tmp_path / "ckpt.pt", small_clip, **{"visual.proj": torch.zeros(128, 64)})
+    with pytest.raises(ValueError, match=r"visual.proj is \(128, 64\), expected \(128, 128\)"):
+        evaluate.load(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran-code",)
+
+
+def test_evaluating_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious()}, "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt"):
+        evaluate.load("ckpt.pt")
+    assert not os.path.exists("it-ran-code")
+
+
+def test_quick_gelu_is_known_by_the_keys_of_openais_archive(tmp_path, small_clip):
+    openai = {name: torch.tensor(0) for name in ("input_resolution", "context_length", "vocab_size")}
+    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip, **openai))
+    assert config.quick_gelu and isinstance(model.transformer.resblocks[0].mlp.gelu, clip_pgs.QuickGELU)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
+def test_preprocess_resizes_crops_and_then_converts(mode):
+    image = Image.open(io.BytesIO(noise_jpeg(0, 37, 23))).convert(mode)
+    middle = image.resize((int(16 * 37 / 23), 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")  # 25 x 16
+    mean, std = np.float32(data.MEAN), np.float32(data.STD)
+    expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
+    assert np.array_equal(evaluate.preprocess(image, 16).numpy(), expected.transpose(2, 0, 1))
+
+
+@torch.no_grad()
+def test_classification_equals_a_loop(tmp_path, small_clip):
+    model, tokenizer, config = small_clip
+    folder = make_folder(tmp_path / "f", labelled(20))
+    classes, hits = [], [[], [], []]
+    for name in ("cat", "dog", "fox"):
+        both = F.normalize(model.encode_text(tokenizer.encode([f"a {name}", f"the {name}."])), dim=-1)
+        classes.append(both.mean(0) / both.mean(0).norm())
+    for sample in labelled(20):
+        image = evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16)[None]
+        scores = [float(model.encode_image(image)[0] @ c) for c in classes]
+        label = int(sample["cls"])
+        hits[label].append(scores.index(max(scores)) == label)
+    metrics = evaluate.evaluate(model, tokenizer, config, folder)
+    assert metrics["acc1"] == pytest.approx(sum(map(sum, hits)) / 20)
+    assert metrics["mean_per_class_recall"] == pytest.approx(sum(sum(h) / len(h) for h in hits) / 3)
+    assert metrics["acc5"] == 1  # of three classes
+
+
+def test_classes_without_an_image_do_not_count_in_the_recall():
+    metrics = evaluate.classification_metrics(torch.eye(4)[[0, 0, 1]], torch.tensor([0, 0, 3]))
+    assert metrics["mean_per_class_recall"] == 0.5
+
+
+def test_retrieval_equals_a_loop_with_one_to_seven_captions_an_image():
+    generator = torch.Generator().manual_seed(0)
+    image_of_text = torch.tensor([i for i in range(30) for _ in range(1 + i % 7)])
+    images = F.normalize(torch.randn(30, 8, generator=generator), dim=-1)
+    texts = F.normalize(images[image_of_text] + torch.randn(len(image_of_text), 8, generator=generator), dim=-1)
+    scores, owner = (images @ texts.T).tolist(), image_of_text.tolist()
+    expected = {}
+    for k in (1, 5, 10):
+        found = [owner[t] in sorted(range(30), key=lambda i: -scores[i][t])[:k] for t in range(len(owner))]
+        expected[f"image_retrieval_recall@{k}"] = sum(found) / len(owner)
+        best = [sorted(range(len(owner)), key=lambda t: -scores[i][t])[:k] for i in range(30)]
+        expected[f"text_retrieval_recall@{k}"] = sum(i in [owner[t] for t in best[i]] for i in range(30)) / 30
+    assert evaluate.retrieval_metrics(images, texts, image_of_text) == pytest.approx(expected)
+
+
+def test_a_model_that_gives_all_the_same_feature_finds_nothing():
+    metrics = evaluate.retrieval_metrics(torch.ones(500, 4) / 2, torch.ones(500, 4) / 2, torch.arange(500))
+    assert max(metrics.values()) <= 0.05
+
+
+def test_a_retrieval_folder_gives_recalls(tmp_path, small_clip):
+    samples = [{"jpg": noise_jpeg(i), "txt": "\n".join(["a picture"] * (1 + i % 3)).encode()} for i in range(4)]
+    metrics = evaluate.evaluate(*small_clip, make_folder(tmp_path / "f", samples, kind="retrieval"))
+    assert len(metrics) == 6 and metrics["image_retrieval_recall@10"] == 1  # of four images
+
+
+def embed_as_rank(rank, folder, path, rendezvous):
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    metrics = evaluate.evaluate(*evaluate.load(path), folder, rank, 2, workers=1)
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(json.dumps(metrics), file=open(path + ".json", "w"))
+    assert rank == 0 or metrics == {}
+
+
+def test_two_ranks_give_the_metrics_of_one(tmp_path, small_clip):
+    samples = [{"jpg": noise_jpeg(i), "txt": "\n".join(f"{i} {j}" for j in range(1 + i % 3)).encode()} for i in range(7)]
+    folder, path = make_folder(tmp_path / "f", samples, kind="retrieval"), save_small(tmp_path / "ckpt.pt", small_clip)
+    torch.multiprocessing.spawn(embed_as_rank, (folder, path, f"file://{tmp_path}/rendezvous"), nprocs=2)
+    assert json.load(open(path + ".json")) == pytest.approx(evaluate.evaluate(*small_clip, folder))
+
+
+def test_logistic_regression_ends_where_the_gradient_is_zero():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator).double(), torch.arange(60) % 3
+    weights = evaluate.fit_logistic(x, y, 3, C=2.0).requires_grad_()
+    loss = F.cross_entropy(x @ weights[:, :4].T + weights[:, 4], y) * 60 * 2.0 + weights[:, :4].square().sum() / 2
+    assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-3  # scikit-learn's objective
+
+
+def test_a_linear_probe_learns_what_is_linear():
+    features = F.normalize(torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    labels = features[:, :3].argmax(1)
+    accuracy, _, _ = evaluate.linear_probe(features[:200], labels[:200], features[200:], labels[200:], 3)
+    assert accuracy > 0.9
+
+
+@torch.no_grad()
+def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path, small_clip):
+    model, tokenizer, config = small_clip
+    (tmp_path / "a.jpg").write_bytes(noise_jpeg(0))
+    image = F.normalize(model.encode_image(evaluate.preprocess(Image.open(tmp_path / "a.jpg"), 16)[None]), dim=-1)
+    pair = ["a red cat", "two blue dogs in a field"]
+    pair.sort(key=lambda text: -float(F.normalize(model.encode_text(tokenizer.encode([text])), dim=-1) @ image.T))
+    right = {"filename": "a.jpg", "caption": pair[0], "negative_caption": pair[1]}
+    wrong = {"filename": "a.jpg", "caption": pair[1], "negative_caption": pair[0]}
+    for name in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
+        questions = {"0": right, "3": right if name == "replace_obj" else wrong}
+        (tmp_path / f"{name}.json").write_text(json.dumps(questions))
+    results = evaluate.sugarcrepe(model, tokenizer, config, str(tmp_path), str(tmp_path))
+    assert results["sugar_crepe/replace_obj"]["acc"] == 1 and results["sugar_crepe/add"]["acc"] == 0.5
+    assert results["sugar_crepe/replace"]["acc"] == pytest.approx((1 + 0.5 + 0.5) / 3)
+
+
+def test_a_picture_shows_five_images_for_each_of_ten_queries(tmp_path, small_clip):
+    samples = [{"jpg": noise_jpeg(i), "txt": b"one\ntwo"} for i in range(6)]
+    folder = make_folder(tmp_path / "f", samples, kind="retrieval")
+    evaluate.evaluate(*small_clip, folder, pictures=str(tmp_path))
+    green = np.asarray(Image.open(tmp_path / "f.png")) == [50, 205, 50]  # limegreen: five of six images are shown
+    assert green.all(-1).any()
+
+
+def test_the_table_has_an_average_of_several_classification_folders():
+    one, two = ({"acc1": a, "acc5": 1.0, "mean_per_class_recall": a} for a in (0.25, 0.5))
+    assert "average" not in evaluate.table({"one": one})
+    lines = evaluate.table({"one": one, "two": two}).splitlines()
+    assert lines[-1].split() == "| average | 37.50 | 100.00 | 37.50 |".split()
+    assert len({len(line) for line in lines}) == 1  # aligned
+
+
+BROKEN = {
+    "nshards.txt: missing": dict(shards=""),
+    "1.tar: missing, though nshards.txt says 2": dict(shards="2"),
+    "'many', expected the number of shards": dict(shards="many"),
+    "the label of 002.jpg is '2', but classnames.txt has 2 lines": dict(classnames="cat\ndog"),
+    "'a photo' lacks {c}": dict(templates="a {c}\na photo"),
+    "line 2 is blank": dict(classnames="cat\n\ndog"),
+    "'captions', expected retrieval or classification": dict(kind="captions"),
+    "sample 000 has no .txt": dict(kind="retrieval"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_folder_is_named_with_what_is_wrong(message, tmp_path):
+    folder = make_folder(tmp_path / "f", labelled(3), **BROKEN[message])
+    with pytest.raises(ValueError) as error:
+        evaluate.read_folder(folder)
+    assert message in str(error.value) and folder in str(error.value)
+
+
+def test_an_empty_folder_and_no_folder_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="nshards.txt: missing"):
+        evaluate.read_folder(str(tmp_path))
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate.read_folder(str(tmp_path / "nowhere"))
+
+
+def test_a_sample_without_a_label_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="sample 001 has no .cls"):
+        evaluate.read_folder(make_folder(tmp_path / "f", [*labelled(1), {"jpg": noise_jpeg(0)}]))
+
+
+def test_an_image_that_does_not_decode_is_an_error_not_a_skip(tmp_path, small_clip):
+    samples = labelled(3)
+    samples[1]["jpg"] = samples[1]["jpg"][:400]
+    with pytest.raises(ValueError, match="001.jpg does not decode"):
+        evaluate.evaluate(*small_clip, make_folder(tmp_path / "f", samples))
+
+
+def test_features_that_are_not_finite_are_an_error_not_a_score(tmp_path, small_clip):
+    model = clip_pgs.CLIP(small_clip[2])
+    model.visual.proj.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.evaluate(model, *small_clip[1:], make_folder(tmp_path / "f", labelled(3)))
+
+
+def test_the_command_prints_the_table_and_writes_the_names_of_clip_benchmark(tmp_path, small_clip, monkeypatch, capsys):
+    folder, path = make_folder(tmp_path / "pets", labelled(3)), save_small(tmp_path / "ckpt.pt", small_clip)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", path, "--data", folder, "--json", str(tmp_path / "x.json")])
+    evaluate.main()
+    assert "pets |" in capsys.readouterr().out
+    assert list(json.load(open(tmp_path / "x.json"))[folder]) == ["acc1", "acc5", "mean_per_class_recall"]
+
+
+def test_a_users_mistake_ends_the_command_with_one_line(tmp_path, small_clip, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", save_small(tmp_path / "ckpt.pt", small_clip), "--data", str(tmp_path / "no")])
+    with pytest.raises(SystemExit, match=r"^error: .*no: no such folder$"):
+        evaluate.main()
