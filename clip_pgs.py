@@ -103,7 +103,7 @@ HEAD_WIDTH = 64
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
 DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128, epochs=8,
-            lr=2e-3, warmup=50, workers=1, val=("demo/seen", "demo/unseen", "demo/retrieval"))
+            unmasked_epochs=1.0, lr=2e-3, warmup=50, workers=1, val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 
 def check(config):
@@ -703,14 +703,15 @@ def show_masks(config):
         visual.load_state_dict(stored.get("ema") or {
             name.removeprefix("visual."): x for name, x in stored["model"].items() if name.startswith("visual.")})
     P, side, grid = config.patch_size, config.image_size // config.patch_size, []
+    generator = torch.Generator().manual_seed(config.seed)
     for path in config.show_masks:
         images = open_photo(path, config.image_size)
         attention = class_attention(visual, images, config.ema_size)
         edges = sobel_edges(images, P).view(side, side).kron(torch.ones(P, P))     # (H, W)
         row = [denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
         for name in MASKS[1:]:
-            keep, valid = make_mask(name, images, config.ratio, torch.Generator().manual_seed(config.seed), patch_size=P,
-                                    attention=attention, edges=config.edges, transport=config.transport)
+            keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
+                                    edges=config.edges, transport=config.transport)
             row.append(masked_pictures(images, keep, valid, P)[0])
         grid.append(row)
     os.makedirs(config.out, exist_ok=True)
@@ -1053,7 +1054,7 @@ def train(config, device):
                 log.write(json.dumps(record) + "\n")
                 bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
                 bar.update()
-                if batch == first:
+                if batch == first and (keep is not None or config.mask == "none"):
                     save_pictures(config, normalize(images[:8], device), keep, valid)
                 if (stopping or step % config.save_every == 0) and batch + 1 < last:
                     save("ckpt.pt")
