@@ -188,12 +188,12 @@ def sobel_edges(images, patch_size=16):
     H or W is not a multiple of patch_size. CLIP-PGS, edge detection; the released code differs (README).
     """
     # De-normalising is x * std + mean, and the gradient does not see the mean.
-    weight = images.new_tensor((0.299, 0.587, 0.114)) * images.new_tensor(data.STD)
-    luminance = (images * weight.view(1, 3, 1, 1)).sum(1, keepdim=True)     # (B, 1, H, W)
+    red, green, blue = (images[:, c:c + 1] * (weight * data.STD[c]) for c, weight in enumerate((0.299, 0.587, 0.114)))
+    luminance = red + green + blue                                          # (B, 1, H, W)
     # Nor does it see any other offset; without one, flat stays exactly zero instead of the kernels' rounding noise.
     luminance = luminance - luminance[..., :1, :1]
-    kernel_x = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
+    kernel_x = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=images.dtype)
+    kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images.device, non_blocking=True)  # (2, 1, 3, 3)
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
     edges = patchify(magnitude, patch_size).mean(-1)                        # (B, L)
@@ -217,6 +217,11 @@ def sinkhorn(similarity, eps=0.05, iterations=20):
         return u * kernel * u.transpose(-1, -2)
 
 
+def removal_range(ratio, L):
+    """(least, most) patches of L to remove for a ratio of one or two shares; one patch always stays."""
+    return tuple(min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
+
+
 def remove(score, ratio, noise, count=None):
     """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
 
@@ -224,19 +229,17 @@ def remove(score, ratio, noise, count=None):
     searches one threshold for the whole data set instead; ranks in each image do the same job with a static shape.
     `noise` (B, L) decides between equal scores, so that ties do not always cost the bottom of the picture.
     """
-    B, L = score.shape
-    low, high = (min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
-    order = (score + 1e-5 * noise).argsort(1, descending=True)
-    rank = order.argsort(1)                                          # (B, L) 0 for the first to go
-    if low == high:
-        keep = (rank < low).byte().argsort(dim=1, stable=True)[:, :L - low]  # False before True, indices stay sorted
-        return keep, None
+    L = score.shape[1]
+    low, high = removal_range(ratio, L)
     if count is None:
         count = (score > 0.5).sum(1).clamp(low, high)                # (B,)
+    rank = (score + 1e-5 * noise).argsort(1, descending=True).argsort(1)      # (B, L) 0 for the first to go
     # K is static, the most that any image may keep: asking for the true maximum would make the CPU wait for the GPU.
-    keep = (rank < count[:, None]).byte().argsort(dim=1, stable=True)[:, :L - low]
-    valid = torch.arange(L - low, device=score.device) < (L - count)[:, None]
-    return keep, valid
+    removed = (rank < count[:, None]).byte()
+    keep = removed.argsort(dim=1, stable=True)[:, :L - low]          # (B, K) kept before removed, each in order
+    if low == high:
+        return keep, None
+    return keep, torch.arange(L - low, device=score.device) < (L - count)[:, None]
 
 
 def cluster_score(similarity, noise):
@@ -290,7 +293,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
 
     with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) are no place for bf16
         if name == "random":  # FLIP, Li et al., CVPR 2023
-            low, high = (min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
+            low, high = removal_range(ratio, L)
             return remove(noise, ratio, noise, count=low + (spare * (high - low + 1)).long())
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
@@ -301,7 +304,8 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         if name == "cluster":
             return remove(cluster_score(similarity, noise), ratio, noise)
-        candidates = pgs_candidates(sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise), noise)
+        strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
+        candidates = pgs_candidates(strength, noise)
         # 1 - noise: among equal scores the candidates, where noise was low, are the first to go.
         return remove(pgs_score(similarity, candidates, transport), ratio, 1 - noise)
 
@@ -622,8 +626,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more than "
-                         "tensors and plain values and could run code") from None
+        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more "
+                         "than tensors and plain values and could run code") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
     return state
@@ -636,7 +640,7 @@ def load_checkpoint(path):
 def normalize(images, device):
     """(B, 3, H, W) uint8 -> float on the device, with CLIP's mean and std. A quarter of the bytes travel this way."""
     images = images.to(device, non_blocking=True).float()
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (data.MEAN, data.STD))
+    mean, std = (255 * torch.tensor(x).view(3, 1, 1).to(device, non_blocking=True) for x in (data.MEAN, data.STD))
     return (images - mean) / std
 
 
@@ -717,7 +721,7 @@ def show_masks(config):
     os.makedirs(config.out, exist_ok=True)
     path = os.path.join(config.out, "masks.png")
     save_grid(path, grid, ("photograph", "Sobel edges", *MASKS[1:]))
-    print(f"wrote {path}" + ("" if stored else "; attentive shows an encoder that has learned nothing yet, see --resume"))
+    print(f"wrote {path}" + ("" if stored else "; attentive: of an encoder that has learned nothing, see --resume"))
 
 
 # -----------------------------------------------------------------------------
@@ -892,7 +896,8 @@ def resume_state(config, global_batch):
     changed = [f"--{name.replace('_', '-')} was {then[name]}, now {now[name]}"
                for name in then if name in now and name not in FREE and then[name] != now[name]]
     if state["global_batch"] != global_batch:
-        changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, now {global_batch}")
+        changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, "
+                       f"now {global_batch}")
     if changed and not config.force:
         raise ValueError(f"--resume {path}: {'; '.join(changed)}. --force goes on all the same")
     return state
@@ -1007,6 +1012,9 @@ def train(config, device):
                         ema=ema and ema.state_dict(), config=asdict(config), merges=tokenizer.merges, step=step,
                         global_batch=global_batch, num_samples=len(index))
 
+    def evaluate_all():
+        return {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
+
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         log = open_log(os.path.join(config.out, "log.jsonl"), step)
@@ -1069,7 +1077,7 @@ def train(config, device):
                 save(f"epoch_{epoch + 1}.pt")
             save("ckpt.pt")
         account(config, shards, epoch, Counter(index["shard"][samples[first:last]].ravel().tolist()), lost)
-        results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
+        results = evaluate_all()
         if rank == 0 and results:
             log.write(json.dumps(record | {"eval": results}) + "\n")
         if stopping:
@@ -1077,7 +1085,7 @@ def train(config, device):
     if step < total_steps:
         raise Interrupted(f"stopped after step {step} of {total_steps}; go on with the same command and --resume")
     if not results:  # resumed at the very end
-        results = {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
+        results = evaluate_all()
     if rank == 0:
         if results:
             print(evaluate.table(results))
@@ -1097,8 +1105,9 @@ def parse(arguments):
                                      epilog="Without --data, the demo has other defaults: " +
                                      ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     for f in fields(Config):
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        how = dict(default=f.default, help=f"{f.metadata['help']} (default: {shown})", metavar="X", type=type(f.default))
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        how = dict(default=f.default, help=f"{f.metadata['help']} (default: {shown or 'none'})", metavar="X",
+                   type=type(f.default))
         if isinstance(f.default, bool):
             how = how | dict(action=argparse.BooleanOptionalAction)
             del how["type"], how["metavar"]

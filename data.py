@@ -298,7 +298,7 @@ def learn_merges(captions, num_merges):
         if -count < 2:
             break
         merges.append(" ".join(pair))
-        grown = set()
+        joined, grown = "".join(pair), set()
         for number in holders.pop(pair):
             symbols, times = words[number]
             for old in itertools.pairwise(symbols):
@@ -306,8 +306,9 @@ def learn_merges(captions, num_merges):
             symbols[:] = _merge(symbols, pair)
             for new in itertools.pairwise(symbols):
                 pair_count[new] += times
-                holders[new].add(number)
-                grown.add(new)
+                if joined in new:  # the other pairs are as they were
+                    holders[new].add(number)
+                    grown.add(new)
         for new in sorted(grown):
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
@@ -412,9 +413,11 @@ class Batches(torch.utils.data.Dataset):
 
 def sample_names(shards, index, samples):
     """'shard: member' of each sample number, for messages."""
-    rows = index[samples]
-    return [f"{shards[row['shard']]}: " + read_bytes(shards[row["shard"]], row["image"] - 512, 100).rstrip(b"\0").decode(
-        "utf-8", "replace") for row in rows]
+    names = []
+    for row in index[samples]:
+        header = read_bytes(shards[row["shard"]], row["image"] - 512, 100)  # begins with the member's name
+        names.append(f"{shards[row['shard']]}: " + header.split(b"\0")[0].decode("utf-8", "replace"))
+    return names
 
 
 def ignore_interrupts(worker):
@@ -453,13 +456,18 @@ def sample_captions(shards, index, limit=200_000):
 
 def write_tar(path, samples):
     """Writes (key, {extension: bytes}) pairs to a tar that appears under its name only when it is whole."""
-    with tarfile.open(path + ".part", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, files in samples:
-            for extension, raw in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(raw)
-                tar.addfile(member, io.BytesIO(raw))
-    os.replace(path + ".part", path)
+    part = path + ".part"
+    try:
+        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, files in samples:
+                for extension, raw in files.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(raw)
+                    tar.addfile(member, io.BytesIO(raw))
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
@@ -711,10 +719,13 @@ def main():
             return
         if options.shard_size < 1:
             raise ValueError(f"--shard-size {options.shard_size}: must be at least 1")
+        if glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
+            raise ValueError(f"{options.out}: holds shards already; name another folder")
         samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
         print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        named = getattr(error, "filename", None)
+        sys.exit(f"error: {named}: {error.strerror}" if named else f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ def test_help_mentions_every_option_with_its_meaning_and_default(capsys):
         clip_pgs.parse(["--help"])
     shown = squeezed(capsys.readouterr().out)
     for f in fields(Config):
-        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         assert f"--{f.name.replace('_', '-')}" in shown
-        assert squeezed(f"{f.metadata['help']} (default: {default})") in shown
+        assert squeezed(f"{f.metadata['help']} (default: {default or 'none'})") in shown
 
 
 def test_with_data_the_defaults_are_those_of_the_paper():
