@@ -531,9 +531,9 @@ TURNS = np.linspace(0, 1, 48)         # a closed circle, in turns
 CROSS_CORNER, CROSS_ARM = 0.3 * (1 + 1j), 1 + 0.3j
 SHAPES = {name: of_area_one(outline) for name, outline in {
     "circle": polar(1, TURNS),
-    "square": polar(1, [0, 1/4, 2/4, 3/4]),
-    "triangle": polar(1, [0, 1/3, 2/3]),
-    "star": polar([1, 0.42] * 5, np.arange(10) / 10),
+    "square": polar(1, np.array([1, 3, 5, 7]) / 8),
+    "triangle": polar(1, np.array([0, 1, 2]) / 3 - 1/4),                # - 1/4: a tip points up
+    "star": polar([1, 0.42] * 5, np.arange(10) / 10 - 1/4),
     "cross": np.ravel([1j ** k * np.array([CROSS_CORNER.conjugate(), CROSS_ARM.conjugate(), CROSS_ARM])
                        for k in range(4)]),
     "bar": np.array([3 + 1j, -3 + 1j, -3 - 1j, 3 - 1j]),
@@ -645,7 +645,9 @@ def draw_scene(rng, pairs=None, full=False):
     image = draw_background(rng, kind)
     for (colour, _), outline in zip(pairs, outlines):
         mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))    # drawn at twice the size for smooth edges
-        ImageDraw.Draw(mask).polygon((2 * outline).ravel().tolist(), fill=255, outline=255)
+        points = (2 * outline).ravel().tolist()
+        ImageDraw.Draw(mask).polygon(points, fill=255)
+        ImageDraw.Draw(mask).line(points, fill=255, width=3)  # over the seam where a ring's two contours meet
         shade = np.clip(COLOURS[colour] + rng.integers(-12, 13, 3), 0, 255)
         image.paste(tuple(shade.tolist()), mask=mask.reduce(2))
 
