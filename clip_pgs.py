@@ -614,9 +614,11 @@ def save_checkpoint(path, **state):
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)  # the new name, too, has to reach the disk
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); "
-                      "the previous checkpoint, if any, is untouched") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a disk that fills up while it writes
+        if os.path.exists(part):
+            os.remove(part)
+        cause = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"{path}: could not be written ({cause}); the previous checkpoint, if any, is untouched") from None
 
 
 def load_checkpoint(path):
@@ -957,7 +959,7 @@ def epoch_batches(config, shards, index, tokenizer, epoch, steps):
     samples = order.reshape(num_steps, world_size, local_batch)[:, rank]
     batches = data.Batches(shards, index, samples, tokenizer, config.image_size, config.scale, (config.seed, epoch))
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
-                                         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_interrupts)
+                                         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
     return loader, samples
 
 
@@ -970,9 +972,8 @@ def account(config, shards, epoch, read, lost):
     read, lost = sum(reads, Counter()), sum(losts, [])
     if not lost:
         return
-    causes = Counter(cause for _, cause in lost).most_common(10)
-    lines = [f"epoch {epoch + 1}: {len(lost)} of {read.total()} samples skipped: "
-             + ", ".join(f"{n} x {cause}" for cause, n in causes)]
+    lines = [f"epoch {epoch + 1}: {len(lost)} of {read.total()} samples skipped"]
+    lines += [f"{n:8}  {cause}" for cause, n in Counter(cause for _, cause in lost).most_common(10)]
     bad = Counter(shard for shard, _ in lost)
     lines += [f"{shards[shard]}: none of its {n} samples decodes" for shard, n in bad.items() if n == read[shard]]
     if len(lost) > config.max_bad * read.total():

@@ -160,7 +160,7 @@ def build_index(shards, max_bad=0.1, progress=False):
             if not any(ext in s for s in samples.values() for ext in IMAGE_EXTENSIONS):
                 raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
         except (ValueError, OSError) as error:
-            broken.append(str(error))
+            broken.append((str(error), len(samples)))
         for files in samples.values():
             image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
             text = files.get("txt") or files.get("json")
@@ -170,12 +170,13 @@ def build_index(shards, max_bad=0.1, progress=False):
                 incomplete["no caption" if image else "no image"] += 1
     index = np.array(rows, INDEX)
     if len(broken) > max_bad * len(shards):
-        raise ValueError("\n".join(broken))
+        raise ValueError("\n".join(fault for fault, _ in broken))
     lost = sum(incomplete.values())
     causes = ", ".join(f"{n} {cause}" for cause, n in incomplete.items())
     if lost > max_bad * (lost + len(index)):
         raise ValueError(f"--data: {lost} of {lost + len(index)} samples are not usable ({causes})")
-    return index, broken + [f"{lost} samples passed over: {causes}"] * bool(lost)
+    warnings = [f"{fault}; {whole} samples stand before that" if whole else fault for fault, whole in broken]
+    return index, warnings + [f"{lost} samples passed over: {causes}"] * bool(lost)
 
 
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
@@ -420,9 +421,10 @@ def sample_names(shards, index, samples):
     return names
 
 
-def ignore_interrupts(worker):
-    """For the loader's processes: a Ctrl-C is the training loop's to answer, which still needs its batch."""
+def ignore_signals(worker):
+    """For the loader's processes: signals to stop are the training loop's to answer, which still needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
 
 
 def read_caption(shard, row):
