@@ -43,6 +43,7 @@ import data
 
 
 def knob(default, meaning):
+    """A Config field that brings its help text along."""
     return field(default=default, metadata={"help": meaning})
 
 

@@ -332,6 +332,7 @@ def classification_metrics(scores, labels):
 
 
 def mean(x):
+    """The mean of a tensor of counts or truths, as a plain number."""
     return x.double().mean().item()
 
 
@@ -591,6 +592,7 @@ def run(options):
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(description="Evaluates a CLIP checkpoint.")
     parser.add_argument("checkpoint", help="a file of clip_pgs.py, open_clip, OpenAI or the CLIP-PGS authors")
     parser.add_argument("--data", nargs="+", default=(), metavar="DIR",
