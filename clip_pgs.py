@@ -92,7 +92,7 @@ class Config:
     show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
 
 
-# Sizes of both towers. Heads are 64 wide, as in every CLIP ViT. B and L are CLIP's (Radford et al. 2021, table 20);
+# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et al. 2021);
 # S pairs DeiT's small ViT with a text tower of its width.
 SIZES = {
     "ViT-B-16": dict(embed_dim=512, width=768, layers=12, text_width=512, text_layers=12),
@@ -208,7 +208,8 @@ def sinkhorn(similarity, eps=0.05, iterations=20):
     Optimal transport with uniform marginals, rows and columns sum to 1 (Cuturi 2013). The answer is
     diag(u) K diag(v) with u = 1 / (K v) and v = 1 / (K^T u). Where K is symmetric, so is the answer, and it is
     unique: u = v up to a factor. One vector u with u * (K u) = 1 is left to find. The plain step u <- 1 / (K u)
-    swings between two answers; its geometric mean with u converges, the error halving at least with every step.
+    swings between two answers; its geometric mean with u converges, and as cosines make K positive semi-definite, the
+    error at least halves with every step in the end.
     """
     with torch.autocast(similarity.device.type, enabled=False):
         kernel = ((similarity.float() - 1) / eps).exp()   # entries up to 1: the factor exp(1 / eps) is u's to find
@@ -1145,6 +1146,8 @@ def main():
         train(config, device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before there is a step to finish
+        sys.exit("interrupted before training began")
     except Interrupted as message:
         sys.exit(str(message) if ranks()[0] == 0 else 1)
     finally:
