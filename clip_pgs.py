@@ -18,12 +18,14 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -89,6 +92,8 @@ class Config:
     resume: str = knob("", "checkpoint to go on from; alone: that in --out, or a fresh start if there is none")
     force: bool = knob(False, "resume although an option that changes the result is another than before")
     grad_checkpointing: bool = knob(False, "compute activations twice to store them never: less memory, same loss")
+    compile: bool = knob(False, "let torch.compile fuse the layers: a minute more at the start, faster steps on a GPU")
+    bench: bool = knob(False, "time a training step under every mask, or --mask alone, on made-up batches, then stop")
     show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
 
 
@@ -111,7 +116,7 @@ def check(config):
     """ValueError with one line for the first option whose value cannot work."""
     if config.model not in SIZES:
         raise ValueError(f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    if config.mask not in MASKS:
+    if config.mask not in MASKS and not config.bench:
         raise ValueError(f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
     check_ratio(config.ratio)
     if config.ema_size % max(1, config.patch_size):
@@ -386,7 +391,7 @@ class Transformer(nn.Module):
     def run(self, block, x, valid=None, **options):
         """One block; with gradient checkpointing its activations are computed again on the way back."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, valid, use_reentrant=False, **options)
+            return checkpoint(block, x, valid, use_reentrant=False, preserve_rng_state=False, **options)
         return block(x, valid, **options)
 
 
@@ -553,6 +558,15 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+LOSS_ROWS = 1024  # of logits in memory at a time: against 32,768 columns 128 MB, where all rows would take 4 GB
+
+
+def cross_entropy_sum(queries, gallery, logit_scale, labels, gallery_valid):
+    """The summed cross entropy of queries (R, D) against gallery (N, D); labels (R,) of -100 do not count."""
+    logits = (logit_scale * queries @ gallery.T).masked_fill(~gallery_valid, -math.inf)   # (R, N)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
 def clip_loss(image_features, text_features, logit_scale, valid=None):
     """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, D), which it normalises.
 
@@ -574,8 +588,10 @@ def clip_loss(image_features, text_features, logit_scale, valid=None):
     labels = labels.where(valid, -100)  # -100: cross_entropy skips the row
     loss = 0
     for ours, others in ((image_features, all_texts), (text_features, all_images)):
-        logits = (logit_scale * ours @ others.T).masked_fill(~all_valid, -math.inf)   # (B, world_size * B)
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
+        for rows, row_labels in zip(ours.split(LOSS_ROWS), labels.split(LOSS_ROWS)):
+            # Logits are not kept for the way back, but computed again: next to the encoders they cost nothing.
+            loss = loss + checkpoint(cross_entropy_sum, rows, others, logit_scale, row_labels, all_valid,
+                                     use_reentrant=False, preserve_rng_state=False) / 2
     return loss * world_size / all_valid.sum().clamp(min=1)
 
 
@@ -588,7 +604,7 @@ def make_optimizer(model, config):
     parameters = list(model.parameters())
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=parameters[0].is_cuda)
+    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
 
 
 def learning_rate(step, total_steps, peak, warmup):
@@ -745,13 +761,28 @@ def gather_objects(thing):
     return things
 
 
-def mean_over_ranks(loss, stopping):
-    """(mean of the ranks' losses, whether any rank wants to stop), as plain numbers."""
-    both = torch.stack([loss.double(), torch.tensor(float(stopping), device=loss.device, dtype=torch.double)])
-    if dist.is_initialized():
-        dist.all_reduce(both)
-    loss, stopping = both.tolist()
-    return loss / ranks()[1], stopping > 0
+class Report:
+    """Numbers of a step, means over the ranks, on their way from the device to us.
+
+    A GPU works on what it was given while Python runs ahead; asking for a number makes Python wait and then the GPU,
+    for its next work. So a step's numbers are read when the step after it has been handed over.
+    """
+
+    def __init__(self, **numbers):
+        device = numbers["loss"].device
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers.values()])
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        self.names, self.values = list(numbers), (values / ranks()[1]).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if device.type == "cuda" else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self):
+        """{name: float}."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist()))
 
 
 def step_noise(config, step, global_batch, device):
@@ -824,6 +855,23 @@ def backward(model, images, tokens, keep, valid, real, accum):
     return loss.detach()
 
 
+def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha):
+    """One update on a local batch, without waiting for it: (loss of this rank, keep, valid). No noise, no mask."""
+    clip, device = getattr(model, "module", model), optimizer.param_groups[0]["params"][0].device
+    images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
+    keep, valid = None, None
+    if noise is not None:
+        keep, valid = mask_chunks(config, clip.visual, ema, images, noise, alpha)
+    loss = backward(model, images, tokens, keep, valid, real, config.accum)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        clip.logit_scale.clamp_(max=math.log(100))  # CLIP: keeps training stable
+    if ema:
+        update_ema(ema, clip.visual, alpha)
+    return loss, keep, valid
+
+
 def describe(config, clip, world_size, steps_per_epoch, total_steps):
     """The line that says what will happen."""
     L = (config.image_size // config.patch_size) ** 2
@@ -835,16 +883,16 @@ def describe(config, clip, world_size, steps_per_epoch, total_steps):
 
 
 def kept_share(config, keep, valid):
-    """The share of the patches that the encoder saw, mean over the batch."""
+    """The share of the patches that the encoder sees, mean over the batch: a number, or a tensor on the device."""
     if keep is None:
         return 1.0
-    kept = keep.shape[1] if valid is None else valid.sum(1).float().mean().item()
-    return kept / (config.image_size // config.patch_size) ** 2
+    share = keep.shape[1] / (config.image_size // config.patch_size) ** 2
+    return share if valid is None else share * valid.float().mean()
 
 
 def write_names(config, step, names):
     """Writes the names of a batch's samples, of all ranks, to a file in --out; returns its path."""
-    path = os.path.join(config.out, f"not_finite_step_{step + 1}.txt")
+    path = os.path.join(config.out, f"not_finite_step_{step}.txt")
     names = gather_objects(names)
     if ranks()[0] == 0:
         with open(path, "w") as file:
@@ -859,7 +907,12 @@ def load_data(config):
         data.make_demo("demo")
     gather_objects(None)  # the others wait until the demo is whole
     shards = data.expand(config.data or ("demo/train/*.tar",))
-    index, warnings = data.build_index(shards, config.max_bad, progress=rank == 0)
+    scans = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for turn in (True, False):  # one rank of each machine reads the shards, the others what it found
+        if scans == turn:
+            index, warnings = data.build_index(shards, config.max_bad, os.path.join(config.out, "index.npz"),
+                                               config.workers, progress=rank == 0)
+        gather_objects(None)
     for line in warnings if rank == 0 else ():
         print("warning:", line)
     return shards, index
@@ -877,7 +930,7 @@ def load_tokenizer(config, shards, index, merges=None):
 # Options that may change in the middle of a run: they do not change what is learned. batch_size and accum may if the
 # number of ranks changes with them: what counts is their product, which the checkpoint has as global_batch.
 FREE = ("val", "vocab", "vocab_size", "max_bad", "batch_size", "accum", "workers", "out", "save_every", "keep",
-        "resume", "force", "grad_checkpointing", "show_masks")
+        "resume", "force", "grad_checkpointing", "compile", "bench", "show_masks")
 
 
 def resume_path(config):
@@ -935,7 +988,7 @@ class Stop:
 
 
 def build(config, state, device):
-    """Model, optimizer, and for the attentive mask the EMA encoder: new ones, or as the checkpoint `state` has them."""
+    """Model, optimizer and the attentive mask's EMA encoder or None: new ones, or as the checkpoint `state` has them."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     optimizer = make_optimizer(clip, config)
@@ -949,7 +1002,18 @@ def build(config, state, device):
     ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
     if ema and state.get("ema"):
         ema.load_state_dict(state["ema"])
+    if config.compile:
+        # Layers of a tower share one compiled graph. Towers, last layers, lengths and evaluation make about a dozen;
+        # past its limit, 8, torch would run the rest uncompiled.
+        torch._dynamo.config.recompile_limit = 32
+        for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
+            block.compile()
     return clip, optimizer, ema
+
+
+def parallel(clip, device):
+    """The model, whose gradients are averaged over the ranks if there are several."""
+    return DistributedDataParallel(clip, [device] if device.type == "cuda" else None) if ranks()[1] > 1 else clip
 
 
 def epoch_batches(config, shards, index, tokenizer, epoch, steps):
@@ -994,6 +1058,7 @@ def train(config, device):
     if config.data:  # check before work starts; the demo's folders may have yet to be drawn
         for folder in config.val:
             evaluate.read_folder(folder)
+    os.makedirs(config.out, exist_ok=True)
     shards, index = load_data(config)
     if state and state["num_samples"] != len(index) and not config.force:
         raise ValueError(f"--resume {resume_path(config)}: the data had {state['num_samples']} samples, now "
@@ -1007,7 +1072,7 @@ def train(config, device):
     config.vocab_size = tokenizer.vocab_size
 
     clip, optimizer, ema = build(config, state, device)
-    model = DistributedDataParallel(clip, [device] if device.type == "cuda" else None) if world_size > 1 else clip
+    model = parallel(clip, device)
     step = state.get("step", 0)
 
     def save(name):
@@ -1019,11 +1084,28 @@ def train(config, device):
         return {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
 
     if rank == 0:
-        os.makedirs(config.out, exist_ok=True)
         log = open_log(os.path.join(config.out, "log.jsonl"), step)
         print(describe(config, clip, world_size, steps_per_epoch, total_steps), flush=True)
 
-    stop, results = Stop(), {}
+    def settle(reports, ahead):
+        """Reads and logs all but the last `ahead` reports; returns whether a signal has reached any of the ranks."""
+        signalled = False
+        while len(reports) > ahead:
+            report, record, samples = reports.popleft()
+            numbers = report.read()
+            signalled |= numbers.pop("signalled") > 0
+            if not math.isfinite(numbers["loss"]):
+                names = write_names(config, record["step"], data.sample_names(shards, index, samples))
+                raise ValueError(f"step {record['step']}: the loss is {numbers['loss']}; no checkpoint has seen this "
+                                 f"step. Its samples are in {names}")
+            latest.update(record | numbers)
+            if rank == 0:
+                log.write(json.dumps(latest) + "\n")
+                bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {record['images_per_s']:.0f} images/s", refresh=False)
+                bar.update()
+        return signalled
+
+    stop, reports, latest, results = Stop(), deque(), {}, {}
     while step < total_steps:
         epoch, first = divmod(step, steps_per_epoch)
         last = min(steps_per_epoch, first + total_steps - step)
@@ -1036,39 +1118,26 @@ def train(config, device):
             alpha = step / total_steps
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, config.lr, config.warmup)
-            images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
-            keep, valid = None, None
-            if step < masked_steps and config.mask != "none":
-                noise = step_noise(config, step, global_batch, device)
-                keep, valid = mask_chunks(config, clip.visual, ema, images, noise, alpha)
-
-            loss = backward(model, images, tokens, keep, valid, real, config.accum)
-            loss, stopping = mean_over_ranks(loss, bool(stop.signal))
-            if not math.isfinite(loss):
-                raise ValueError(f"step {step + 1}: the loss is {loss}; the update was not made. Its samples are in "
-                                 + write_names(config, step, data.sample_names(shards, index, samples[batch])))
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                clip.logit_scale.clamp_(max=math.log(100))  # CLIP: keeps training stable
-            if ema:
-                update_ema(ema, clip.visual, alpha)
+            masked = step < masked_steps and config.mask != "none"
+            noise = step_noise(config, step, global_batch, device) if masked else None
+            loss, keep, valid = train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha)
             step += 1
 
+            images_per_s = round(global_batch / (time.perf_counter() - tick), 1)
+            tick = time.perf_counter()
+            record = dict(step=step, epoch=epoch + 1, lr=group["lr"], images_per_s=images_per_s)
+            report = Report(loss=loss, logit_scale=clip.logit_scale.exp().detach(),
+                            kept=kept_share(config, keep, valid), signalled=float(bool(stop.signal)))
+            reports.append((report, record, samples[batch]))
             lost += [(int(index["shard"][samples[batch][i]]), cause) for i, cause in bad]
-            if rank == 0:
-                images_per_s = global_batch / (time.perf_counter() - tick)
-                tick = time.perf_counter()
-                record = dict(step=step, epoch=epoch + 1, loss=loss, lr=optimizer.param_groups[0]["lr"],
-                              logit_scale=clip.logit_scale.exp().item(), images_per_s=round(images_per_s, 1),
-                              kept=kept_share(config, keep, valid))
-                log.write(json.dumps(record) + "\n")
-                bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
-                bar.update()
-                if batch == first and (keep is not None or config.mask == "none"):
-                    save_pictures(config, normalize(images[:8], device), keep, valid)
-                if (stopping or step % config.save_every == 0) and batch + 1 < last:
-                    save("ckpt.pt")
+            if rank == 0 and batch == first and (keep is not None or config.mask == "none"):
+                save_pictures(config, normalize(images[:8], device), keep, valid)
+            save_now = step % config.save_every == 0 and batch + 1 < last
+            stopping = settle(reports, ahead=0 if save_now or batch + 1 == last else 1)
+            if stopping:
+                settle(reports, ahead=0)
+            if rank == 0 and (save_now or stopping and batch + 1 < last):
+                save("ckpt.pt")
             if stopping:
                 break
         bar.close()
@@ -1082,7 +1151,7 @@ def train(config, device):
         account(config, shards, epoch, Counter(index["shard"][samples[first:last]].ravel().tolist()), lost)
         results = evaluate_all()
         if rank == 0 and results:
-            log.write(json.dumps(record | {"eval": results}) + "\n")
+            log.write(json.dumps(latest | {"eval": results}) + "\n")
         if stopping:
             break
     if step < total_steps:
@@ -1094,6 +1163,123 @@ def train(config, device):
             print(evaluate.table(results))
         path = os.path.join(config.out, "ckpt.pt")
         print(f"wrote {path}; now: python evaluate.py {path}")
+
+
+# -----------------------------------------------------------------------------
+# Bench: what a training step costs under each mask, from batches that lie in memory.
+
+# Training time relative to CLIP's, as the papers report it (Pei et al. 2025); the last is their CLIP-PGS_0.3.
+PAPERS = {("none", (0.0,)): 1.0, ("random", (0.5,)): 0.5, ("cluster", (0.5,)): 0.6, ("attentive", (0.5,)): 1.1,
+          ("pgs", (0.5,)): 0.5, ("pgs", (0.3, 0.5)): 0.6}
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
+
+
+def made_up_batch(config):
+    """(images, tokens, real) on the CPU. Captions are as long as CC12M's, 25 tokens on average.
+
+    Soft blobs under noise: of these, ranges of ratios remove about as much as of photographs.
+    """
+    B, size = config.batch_size * config.accum, config.image_size
+    blobs = F.interpolate(torch.rand(B, 3, 16, 16), (size, size), mode="bicubic")
+    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte()
+    lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
+    place, end = torch.arange(config.context_length), config.vocab_size - 1
+    tokens = torch.randint(1, end, (B, config.context_length))
+    tokens = tokens.where(place < lengths - 1, 0).where(place != lengths - 1, end)
+    batch = images, tokens, torch.ones(B, dtype=torch.bool)
+    return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
+
+
+class PeakMemory:
+    """Measures the most memory that a with block held at a time, in `gib`: a GPU's tensors, or a CPU's whole process."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):  # Linux: "5" forgets the highest point so far
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        return self
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.gib = torch.cuda.max_memory_allocated() / 2 ** 30
+        elif os.path.exists("/proc/self/status"):
+            with open("/proc/self/status") as file:
+                self.gib = int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) / 2 ** 20
+        else:
+            self.gib = math.nan
+
+
+def bench(config, device):
+    """Prints a Markdown table with a row a mask: images/s, time against `none`, the mask's share, memory, FLOP/s.
+
+    Rounds go over all masks in turn, so that a machine that slows down does so for all; times are medians.
+    """
+    chosen = [("none", (0.0,))] + [(mask, config.ratio) for mask in MASKS[1:]] + [("pgs", (0.3, 0.5))]
+    chosen = [row for row in chosen if config.mask in (row[0], "") or row[0] == "none"]
+    rank, world_size = ranks()
+    clip, optimizer, ema = build(replace(config, mask="attentive"), {}, device)
+    model = parallel(clip, device)
+    images, tokens, real = made_up_batch(config)
+    global_batch = len(images) * world_size
+    noise, alpha = step_noise(config, 0, global_batch, device), 0.5
+
+    def timed(work):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, result
+
+    rounds, warmup = config.steps or (20 if device.type == "cuda" else 3), 3 if device.type == "cuda" else 1
+    seconds, mask_seconds = ({row: [] for row in chosen} for _ in range(2))
+    memory, kept, flops = {}, {}, dict.fromkeys(chosen, 0)
+    bar = tqdm(total=(warmup + rounds) * len(chosen), desc="bench", unit=" steps", leave=False, disable=rank > 0)
+    for number in range(-warmup, rounds):
+        for row in chosen:
+            this = replace(config, mask=row[0], ratio=row[1])
+            masked, teacher = row[0] != "none", ema if row[0] == "attentive" else None
+            with PeakMemory(device) as peak:
+                step_time, (loss, keep, valid) = timed(lambda: train_step(
+                    this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
+            on_device = images.to(device)
+            mask_time, _ = timed(lambda: masked and mask_chunks(this, clip.visual, ema, on_device, noise, alpha))
+            if number == -warmup and device.type == "cuda":  # its counter does not know a CPU's attention
+                with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+                    backward(model, on_device, tokens, keep, valid, real.to(device), config.accum)
+                optimizer.zero_grad()
+                flops[row] = counter.get_total_flops()
+            if number >= 0:
+                seconds[row].append(step_time)
+                mask_seconds[row].append(mask_time)
+            memory[row], kept[row] = peak.gib, float(kept_share(this, keep, valid))
+            bar.update()
+    bar.close()
+    if rank > 0:
+        return
+
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
+    print(f"{config.model} at {config.image_size}, {world_size} x {len(images)} images, {rounds} rounds"
+          f"{', compiled' * config.compile}, PyTorch {torch.__version__}, {name}")
+    table = [["mask", "ratio", "kept", "images/s", "time", "papers", "in mask", "GiB"] + ["TFLOP/s", "MFU"] * on_gpu,
+             ["--------:"] * (8 + 2 * on_gpu)]
+    for row in chosen:
+        step_time, base = np.median(seconds[row]), np.median(seconds[chosen[0]])
+        table.append([row[0], " ".join(map(str, row[1])), f"{kept[row]:.2f}", f"{global_batch / step_time:.1f}",
+                      f"{step_time / base:.2f}", PAPERS.get(row, ""), f"{np.median(mask_seconds[row]) / step_time:.1%}",
+                      f"{memory[row]:.1f}"])
+        if on_gpu:
+            tflops = flops[row] / step_time / 1e12
+            peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), math.nan)
+            table[-1] += [f"{tflops:.0f}", f"{tflops / peak:.1%}"]
+    print("\n".join("| " + " | ".join(f"{cell:>9}" for cell in cells) + " |" for cells in table))
 
 
 # -----------------------------------------------------------------------------
@@ -1120,9 +1306,11 @@ def parse(arguments):
             how |= dict(nargs="?", const=ALONE)
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     options = parser.parse_args(arguments)
-    if not options.data and not options.show_masks:
+    if options.bench:  # all masks
+        parser.set_defaults(mask="", batch_size=512 if torch.cuda.is_available() else 16)
+    elif not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
-        options = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})
 
 
@@ -1142,14 +1330,17 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if world_size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        train(config, device)
+            # Long enough for one rank to read the index of a large data set while the others wait.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        (bench if config.bench else train)(config, device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before there is a step to finish
         sys.exit("interrupted before training began")
     except Interrupted as message:
         sys.exit(str(message) if ranks()[0] == 0 else 1)
+    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton
+        sys.exit(f"error: --compile: {str(error).splitlines()[0]}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
     python data.py pack captions.tsv OUT     make shards of a list of `image path <TAB> caption`
     python data.py demo OUT                  draw the demo data set
+    python data.py bench SHARDS              how many images a core reads, decodes, augments and tokenises a second
 
 The file follows one sample: which shards there are and where in them each sample lies (`expand`, `tar_samples`,
 `build_index`), who reads what and when (`epoch_order`), bytes to pixels (`decode_image`, `random_resized_crop`),
@@ -9,6 +10,7 @@ caption to token ids (`Tokenizer`, `learn_merges`), a batch (`Batches`), and las
 ourselves (`write_shards`, the demo scenes, the two commands above).
 """
 import argparse
+import gc
 import glob
 import gzip
 import heapq
@@ -21,15 +23,21 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tarfile
+import tempfile
+import time
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -77,6 +85,9 @@ def _braces(pattern):
     return [path for head in heads for path in _braces(head + pattern[found.end():])]
 
 
+HEADER = struct.Struct("100s 24x 12s 20x c 100x 6s 82x 155s 12x")  # name, size, kind, magic, prefix; POSIX.1
+
+
 def tar_members(path):
     """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
 
@@ -86,32 +97,32 @@ def tar_members(path):
     total = os.path.getsize(path)
     if total == 0:
         raise ValueError(f"{path}: empty file, not a tar")
-    offset, long_name = 0, None
+    offset, long_name, page, at = 0, None, b"", 0
     with open(path, "rb", buffering=0) as file:
-        while True:
-            header = os.pread(file.fileno(), 512, offset)
-            if header[:1] == b"\0" and not any(header):
-                if offset + 512 > total:
-                    break
-                return
-            if header[257:262] != b"ustar":
-                if offset + 512 > total:
-                    break
+        while offset + 512 <= total:
+            # A data set has tens of millions of headers. A page at a time: the headers of a caption and of the next
+            # image nearly always share one.
+            if not at <= offset <= at + len(page) - 512:
+                page, at = os.pread(file.fileno(), 4096, offset), offset
+            name, size, kind, magic, prefix = HEADER.unpack_from(page, offset - at)
+            if magic[:5] != b"ustar":
+                if not any(page[offset - at:offset - at + 512]):
+                    return
                 raise ValueError(f"{path}: not a tar (no header at byte {offset})")
-            size, kind = _octal(header[124:136], path), header[156:157]
+            size = _octal(size, path)
             start, offset = offset + 512, offset + 512 + (size + 511) // 512 * 512
             if start + size > total:
                 break
-            if kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
+            if kind in b"0\0":
+                name = name.partition(b"\0")[0]
+                if magic == b"ustar\0" and prefix[0]:
+                    name = prefix.partition(b"\0")[0] + b"/" + name
+                yield (long_name or name).decode("utf-8", "replace"), start, size
+                long_name = None
+            elif kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
                 text = os.pread(file.fileno(), size, start)
                 found = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else None
                 long_name = text.rstrip(b"\0") if kind == b"L" else found[1] if found else None
-            elif kind in b"0\0":
-                name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
-                if prefix and header[257:263] == b"ustar\0":
-                    name = prefix + b"/" + name
-                yield (long_name or name).decode("utf-8", "replace"), start, size
-                long_name = None
             else:
                 long_name = None
     raise ValueError(f"{path}: truncated, the tar breaks off at byte {total}")
@@ -121,7 +132,7 @@ def _octal(field, path):
     if field[0] == 0x80:  # base 256, for files of 8 GiB and more
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign: a negative size sends the reader in circles
+    if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends the reader in circles
         raise ValueError(f"{path}: not a tar (a header without a size)")
     return int(digits or b"0", 8)
 
@@ -134,9 +145,11 @@ def tar_samples(path, samples=None):
     """
     samples = {} if samples is None else samples
     for name, offset, size in tar_members(path):
-        folder, _, base = name.rpartition("/")
-        key, _, extension = base.partition(".")
-        samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = (offset, size)
+        folder = name.rfind("/") + 1
+        key, _, extension = name[folder:].partition(".")
+        if folder:
+            key = name[:folder] + key
+        samples.setdefault(key, {})[extension.lower()] = offset, size
     if not samples:
         raise ValueError(f"{path}: a tar without members")
     return samples
@@ -146,37 +159,82 @@ INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
 
-def build_index(shards, max_bad=0.1, progress=False):
+def index_shard(path):
+    """(rows of INDEX, causes of what is missing, the shard's fault or "") of one shard."""
+    samples, rows, incomplete, fault = {}, [], Counter(), ""
+    try:
+        tar_samples(path, samples)
+        if not any(ext in files for files in samples.values() for ext in IMAGE_EXTENSIONS):
+            raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
+    except (ValueError, OSError) as error:
+        fault = f"{error}; {len(samples)} samples stand before that" if samples else str(error)
+    for files in samples.values():
+        image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
+        text = files.get("txt") or files.get("json")
+        if image and text:
+            rows.append((0, *image, *text, "txt" not in files))
+        else:
+            incomplete["no caption" if image else "no image"] += 1
+    return np.array(rows, INDEX), incomplete, fault
+
+
+def start_scanner(worker):
+    """For the processes that scan. Python looks for cycles among objects that have none a quarter of the time."""
+    ignore_signals(worker)
+    gc.disable()
+
+
+def scan(shards, workers=0, progress=False):
+    """(N,) array of INDEX rows, Counter of what is missing, list of faults: those of all shards, in their order."""
+    parts, incomplete, faults = [np.empty(0, INDEX)], Counter(), []
+    scans = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=index_shard,
+                                        worker_init_fn=start_scanner)  # no tensors, but a map over processes
+    bar = tqdm(scans, "reading shard indexes", leave=False, disable=not progress or None)
+    for number, (rows, missing, fault) in enumerate(bar):
+        rows["shard"] = number
+        parts.append(rows)
+        incomplete += missing
+        faults += [fault] * bool(fault)
+    return np.concatenate(parts), incomplete, faults
+
+
+def cached_scan(shards, cache, workers, progress):
+    """What `scan` returns, from the file `cache` if these very shards were scanned before; else it is made."""
+    stamp = json.dumps([(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in shards])
+    try:
+        with np.load(cache) as stored:
+            if stored["stamp"] == stamp:
+                return stored["index"], *json.loads(stored["found"].item())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there yet, or damaged: it is only a copy
+        pass
+    index, *found = scan(shards, workers, progress)
+    handle, part = tempfile.mkstemp(".part", dir=os.path.dirname(cache) or ".")  # other machines may write it as well
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
+        os.replace(part, cache)
+    except OSError as error:
+        os.remove(part)
+        raise OSError(f"{cache}: could not be written ({error.strerror})") from None
+    return index, *found
+
+
+def build_index(shards, max_bad=0.1, cache="", workers=0, progress=False):
     """(N,) array of INDEX rows, one for each image with a caption, in the shards' order; and a list of warnings.
 
     A broken shard gives what stands before its fault, and a warning. ValueError with all of them if more than the
-    share `max_bad` of the shards is broken or of the samples incomplete.
+    share `max_bad` of the shards is broken or of the samples incomplete. workers: processes that scan; cache: file
+    that keeps what they found, for the next start and for other ranks.
     """
-    rows, broken, incomplete = [], [], Counter()
-    for number, path in enumerate(tqdm(shards, "reading shard indexes", leave=False, disable=not progress or None)):
-        samples = {}
-        try:
-            tar_samples(path, samples)
-            if not any(ext in s for s in samples.values() for ext in IMAGE_EXTENSIONS):
-                raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
-        except (ValueError, OSError) as error:
-            broken.append((str(error), len(samples)))
-        for files in samples.values():
-            image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-            text = files.get("txt") or files.get("json")
-            if image and text:
-                rows.append((number, *image, *text, "txt" not in files))
-            else:
-                incomplete["no caption" if image else "no image"] += 1
-    index = np.array(rows, INDEX)
-    if len(broken) > max_bad * len(shards):
-        raise ValueError("\n".join(fault for fault, _ in broken))
+    index, incomplete, faults = (cached_scan(shards, cache, workers, progress) if cache else
+                                 scan(shards, workers, progress))
+    if len(faults) > max_bad * len(shards):
+        raise ValueError("\n".join(faults))
     lost = sum(incomplete.values())
     causes = ", ".join(f"{n} {cause}" for cause, n in incomplete.items())
     if lost > max_bad * (lost + len(index)):
         raise ValueError(f"--data: {lost} of {lost + len(index)} samples are not usable ({causes})")
-    warnings = [f"{fault}; {whole} samples stand before that" if whole else fault for fault, whole in broken]
-    return index, warnings + [f"{lost} samples passed over: {causes}"] * bool(lost)
+    return index, faults + [f"{lost} samples passed over: {causes}"] * bool(lost)
 
 
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
@@ -209,22 +267,36 @@ def read_bytes(path, offset, size):
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
 
 
-def decode_image(raw):
-    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it does not decode whole."""
+@contextmanager
+def decoding():
+    """Whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...) leaves as a ValueError."""
     try:
-        image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        image.load()
-    except Exception as error:  # Pillow raises whatever its decoders meet: OSError, SyntaxError, struct.error ...
+        yield
+    except Exception as error:
         raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
+
+
+def open_image(raw):
+    """The picture in `raw` bytes, of which only the header has been read; to be used within `decoding`."""
+    image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
 
 
-def random_resized_crop(image, size, scale, rng):
-    """A random part of the picture, `scale` (low, high) of its area, sides 3:4 to 4:3, as (size, size) RGB.
+def decode_image(raw):
+    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it does not decode whole."""
+    with decoding():
+        image = open_image(raw)
+        image.load()
+        return image
 
-    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it.
+
+def random_resized_crop(image, size, scale, rng):
+    """A random part of a PIL image, `scale` (low, high) of its area, sides 3:4 to 4:3: (3, size, size) uint8, RGB.
+
+    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it. A JPEG that is
+    not loaded yet is decoded no larger than the crop needs.
     """
     width, height = image.size
     for _ in range(10):
@@ -237,8 +309,19 @@ def random_resized_crop(image, size, scale, rng):
     else:  # a very long picture: the largest crop of an allowed shape, from its middle
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    box = (left, top, left + w, top + h)
-    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+    box = np.array([left, top, left + w, top + h])
+
+    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture of
+    # a half, quarter or eighth of the size in less time. Where the resize still has to shrink that to two thirds, what
+    # remains of the difference is as small as if the JPEG had been saved once more at quality 90 (38 dB or more).
+    enough = 1.5 * size / min(w, h)
+    if enough <= 0.5 and image.draft(None, (int(width * enough), int(height * enough))):
+        box = (box * (image.width / width)).round().astype(int)
+    left, top, right, bottom = box
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))[top:bottom, left:right]  # (h, w, 3)
+    # torch's resize is Pillow's, but for rounding, at a fifth of its time.
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                                           # (1, 3, h, w)
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -394,22 +477,23 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, number):
         samples, size = self.order[number], self.image_size
-        images = np.zeros((len(samples), 3, size, size), np.uint8)
+        images = torch.zeros(len(samples), 3, size, size, dtype=torch.uint8)
         captions, lost = [""] * len(samples), []
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
             try:
                 captions[i] = read_caption(shard, row)
-                image = decode_image(read_bytes(shard, row["image"], row["image_size"]))
+                raw = read_bytes(shard, row["image"], row["image_size"])
                 # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
                 rng = np.random.default_rng([*self.seed, sample])
-                images[i] = np.asarray(random_resized_crop(image, size, self.scale, rng)).transpose(2, 0, 1)
+                with decoding():
+                    images[i] = random_resized_crop(open_image(raw), size, self.scale, rng)
             except (ValueError, OSError) as error:
                 lost.append((i, str(error)))
         valid = torch.ones(len(samples), dtype=torch.bool)
         valid[[i for i, _ in lost]] = False
-        return torch.from_numpy(images), self.tokenizer.encode(captions), valid, lost
+        return images, self.tokenizer.encode(captions), valid, lost
 
 
 def sample_names(shards, index, samples):
@@ -422,7 +506,7 @@ def sample_names(shards, index, samples):
 
 
 def ignore_signals(worker):
-    """For the loader's processes: signals to stop are the training loop's to answer, which still needs its batch."""
+    """For helper processes: signals to stop are the training loop's to answer, which still needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
 
@@ -443,7 +527,7 @@ def read_caption(shard, row):
     return caption
 
 
-def sample_captions(shards, index, limit=200_000):
+def sample_captions(shards, index, limit=100_000):
     """Up to `limit` captions, evenly spread over the index: what the tokenizer learns its merges from."""
     for row in index[::max(1, math.ceil(len(index) / limit))]:
         try:
@@ -706,8 +790,51 @@ def make_demo(folder):
     os.replace(part, folder)  # under its name only when whole
 
 
+# -----------------------------------------------------------------------------
+# Bench and main.
+
+
+def bench(shards, image_size, limit=512, passes=3):
+    """Prints a Markdown table of how many images one core reads, decodes, augments and tokenises a second."""
+    torch.set_num_threads(1)
+    index, _ = build_index(shards)
+    rows = index[::max(1, math.ceil(len(index) / limit))]
+    captions = list(sample_captions(shards, index))
+    start = time.perf_counter()
+    merges = learn_merges(captions, 49408 - 514)
+    print(f"learned {merges.count(chr(10)) + 1} merges from {len(captions)} captions in "
+          f"{time.perf_counter() - start:.1f} s, {len(rows)} samples timed, at {image_size} pixels")
+
+    order, rng, seconds = np.arange(len(rows))[None], np.random.default_rng(0), defaultdict(list)
+    for _ in range(1 + passes):
+        tokenizer, spent = Tokenizer(merges), Counter()  # one that has no word in its cache
+        for row in rows:
+            start = time.perf_counter()
+            raw = read_bytes(shards[row["shard"]], row["image"], row["image_size"])
+            try:
+                caption = read_caption(shards[row["shard"]], row)
+                read = time.perf_counter()
+                image = decode_image(raw)
+            except ValueError:  # training will report it
+                continue
+            decoded = time.perf_counter()
+            random_resized_crop(image, image_size, (0.9, 1.0), rng)
+            augmented = time.perf_counter()
+            tokenizer.encode([caption])
+            spent += Counter(read=read - start, decode=decoded - read, augment=augmented - decoded,
+                             tokenise=time.perf_counter() - augmented)
+        start = time.perf_counter()
+        Batches(shards, rows, order, Tokenizer(merges), image_size, (0.9, 1.0), (0, 0))[0]
+        for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
+            seconds[stage].append(time_spent)
+    print("| stage | images/s a core | ms an image |\n|---|--:|--:|")
+    for stage, times in seconds.items():
+        middle = np.median(times[1:]) / len(rows)  # the first pass may have met a cold disk
+        print(f"| {stage} | {1 / middle:.0f} | {1000 * middle:.3f} |")
+
+
 def main():
-    """The commands `pack` and `demo`."""
+    """The commands `pack`, `demo` and `bench`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
@@ -716,8 +843,14 @@ def main():
     pack.add_argument("--shard-size", type=int, default=10_000, help="samples a shard (default: 10000)")
     demo = commands.add_parser("demo", help="draw the demo data set")
     demo.add_argument("out", help="folder to make")
+    benched = commands.add_parser("bench", help="time reading, decoding, augmenting and tokenising on one core")
+    benched.add_argument("shards", nargs="+", help="paths, globs or brace ranges")
+    benched.add_argument("--image-size", type=int, default=224, help="side of a crop, pixels (default: 224)")
     options = parser.parse_args()
     try:
+        if options.command == "bench":
+            bench(expand(options.shards), options.image_size)
+            return
         if options.command == "demo":
             make_demo(options.out)
             return
