@@ -116,7 +116,7 @@ def check(config):
     """ValueError with one line for the first option whose value cannot work."""
     if config.model not in SIZES:
         raise ValueError(f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    if config.mask not in MASKS and not config.bench:
+    if config.mask not in MASKS and (config.mask or not config.bench):
         raise ValueError(f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
     check_ratio(config.ratio)
     if config.ema_size % max(1, config.patch_size):
@@ -475,7 +475,8 @@ class CLIP(nn.Module):
         """
         groups = similar_lengths(tokens.argmax(1) + 1, limit=tokens.shape[1])
         features = [self._encode_text(tokens[rows, :T]) for rows, T in groups]
-        return torch.cat(features)[torch.cat([rows for rows, _ in groups]).argsort().to(features[0].device)]
+        back = torch.cat([rows for rows, _ in groups]).argsort()
+        return torch.cat(features)[back.to(features[0].device, non_blocking=True)]
 
     def _encode_text(self, tokens):
         tokens = tokens.to(self.text_projection.device, non_blocking=True)
@@ -770,7 +771,8 @@ class Report:
 
     def __init__(self, **numbers):
         device = numbers["loss"].device
-        values = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers.values()])
+        values = torch.stack([x.double() if isinstance(x, torch.Tensor) else  # full: a copy would have to wait
+                              torch.full((), x, dtype=torch.float64, device=device) for x in numbers.values()])
         if dist.is_initialized():
             dist.all_reduce(values)
         self.names, self.values = list(numbers), (values / ranks()[1]).to("cpu", non_blocking=True)
@@ -802,23 +804,20 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def mask_batch(config, visual, ema, images, noise, alpha):
-    """keep, valid for normalised images in training: what make_mask needs, computed from the model as it is now."""
-    embeddings = attention = None
-    with torch.no_grad():
-        if config.mask in ("cluster", "pgs") and alpha > 0:
-            embeddings = visual.project(patchify(images, config.patch_size))
-        if config.mask == "attentive":
-            attention = class_attention(ema, images, config.ema_size)
-    return make_mask(config.mask, images, config.ratio, patch_size=config.patch_size, noise=noise, alpha=alpha,
-                     embeddings=embeddings, attention=attention, edges=config.edges, transport=config.transport)
-
-
-def mask_chunks(config, visual, ema, images, noise, alpha):
-    """keep, valid for a whole local batch of uint8 images, one forward pass of it at a time."""
+@torch.no_grad()
+def batch_masks(config, visual, ema, images, noise, alpha):
+    """keep, valid for a local batch of uint8 images; what the masks look at is computed from the model as it is now."""
+    masks, P = [], config.patch_size
     with autocast(images.device):
-        masks = [mask_batch(config, visual, ema, normalize(part, images.device), part_noise, alpha)
-                 for part, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum))]
+        for pixels, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # as much as a forward pass
+            pixels, embeddings, attention = normalize(pixels, images.device), None, None
+            if config.mask in ("cluster", "pgs") and alpha > 0:
+                embeddings = visual.project(patchify(pixels, P))
+            if config.mask == "attentive":
+                attention = class_attention(ema, pixels, config.ema_size)
+            masks.append(make_mask(config.mask, pixels, config.ratio, patch_size=P, noise=part_noise, alpha=alpha,
+                                   embeddings=embeddings, attention=attention, edges=config.edges,
+                                   transport=config.transport))
     keeps, valids = zip(*masks)
     return torch.cat(keeps), None if valids[0] is None else torch.cat(valids)
 
@@ -835,11 +834,11 @@ def backward(model, images, tokens, keep, valid, real, accum):
                                        None if keep is None else keep[rows], None if valid is None else valid[rows])
         return image.float(), text.float(), scale
 
-    chunks = [slice(rows[0], rows[-1] + 1) for rows in torch.arange(len(images)).chunk(accum)]
     if accum == 1:
-        loss = clip_loss(*features(chunks[0]), real)
+        loss = clip_loss(*features(slice(None)), real)
         loss.backward()
         return loss.detach()
+    chunks = [slice(first, first + len(images) // accum) for first in range(0, len(images), len(images) // accum)]
     with torch.no_grad():
         image, text, scale = zip(*(features(rows) for rows in chunks))
     cached = [x.requires_grad_() for x in (torch.cat(image), torch.cat(text), scale[0])]
@@ -861,7 +860,7 @@ def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha
     images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
     keep, valid = None, None
     if noise is not None:
-        keep, valid = mask_chunks(config, clip.visual, ema, images, noise, alpha)
+        keep, valid = batch_masks(config, clip.visual, ema, images, noise, alpha)
     loss = backward(model, images, tokens, keep, valid, real, config.accum)
     optimizer.step()
     optimizer.zero_grad()
@@ -1058,7 +1057,10 @@ def train(config, device):
     if config.data:  # check before work starts; the demo's folders may have yet to be drawn
         for folder in config.val:
             evaluate.read_folder(folder)
-    os.makedirs(config.out, exist_ok=True)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {config.out}: {error.strerror}; name a folder that can be made") from None
     shards, index = load_data(config)
     if state and state["num_samples"] != len(index) and not config.force:
         raise ValueError(f"--resume {resume_path(config)}: the data had {state['num_samples']} samples, now "
@@ -1175,12 +1177,11 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf1
 
 
 def made_up_batch(config):
-    """(images, tokens, real) on the CPU. Captions are as long as CC12M's, 25 tokens on average.
-
-    Soft blobs under noise: of these, ranges of ratios remove about as much as of photographs.
+    """(images, tokens, real) on the CPU: noise of two scales, which leaves a range of ratios something to decide, and
+    captions as long as CC12M's, 25 tokens on average.
     """
     B, size = config.batch_size * config.accum, config.image_size
-    blobs = F.interpolate(torch.rand(B, 3, 16, 16), (size, size), mode="bicubic")
+    blobs = F.interpolate(torch.rand(B, 3, 28, 28), (size, size), mode="bicubic")
     images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte()
     lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
     place, end = torch.arange(config.context_length), config.vocab_size - 1
@@ -1190,28 +1191,17 @@ def made_up_batch(config):
     return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
 
 
-class PeakMemory:
-    """Measures the most memory that a with block held at a time, in `gib`: a GPU's tensors, or a CPU's whole process."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):  # Linux: "5" forgets the highest point so far
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        return self
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.gib = torch.cuda.max_memory_allocated() / 2 ** 30
-        elif os.path.exists("/proc/self/status"):
-            with open("/proc/self/status") as file:
-                self.gib = int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) / 2 ** 20
-        else:
-            self.gib = math.nan
+def peak_memory(device):
+    """GiB held at most since the last call: by the tensors of a GPU, by the whole process on a CPU (Linux, else nan)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2 ** 30
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # forgets the highest point (proc(5)), when the file is closed: after the next line
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read())[1]) / 2 ** 20
 
 
 def bench(config, device):
@@ -1220,7 +1210,7 @@ def bench(config, device):
     Rounds go over all masks in turn, so that a machine that slows down does so for all; times are medians.
     """
     chosen = [("none", (0.0,))] + [(mask, config.ratio) for mask in MASKS[1:]] + [("pgs", (0.3, 0.5))]
-    chosen = [row for row in chosen if config.mask in (row[0], "") or row[0] == "none"]
+    chosen = [row for row in dict.fromkeys(chosen) if config.mask in (row[0], "") or row[0] == "none"]
     rank, world_size = ranks()
     clip, optimizer, ema = build(replace(config, mask="attentive"), {}, device)
     model = parallel(clip, device)
@@ -1245,11 +1235,12 @@ def bench(config, device):
         for row in chosen:
             this = replace(config, mask=row[0], ratio=row[1])
             masked, teacher = row[0] != "none", ema if row[0] == "attentive" else None
-            with PeakMemory(device) as peak:
-                step_time, (loss, keep, valid) = timed(lambda: train_step(
-                    this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
+            peak_memory(device)
+            step_time, (loss, keep, valid) = timed(lambda: train_step(
+                this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
+            memory[row], kept[row] = peak_memory(device), float(kept_share(this, keep, valid))
             on_device = images.to(device)
-            mask_time, _ = timed(lambda: masked and mask_chunks(this, clip.visual, ema, on_device, noise, alpha))
+            mask_time, _ = timed(lambda: masked and batch_masks(this, clip.visual, ema, on_device, noise, alpha))
             if number == -warmup and device.type == "cuda":  # its counter does not know a CPU's attention
                 with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
                     backward(model, on_device, tokens, keep, valid, real.to(device), config.accum)
@@ -1258,7 +1249,6 @@ def bench(config, device):
             if number >= 0:
                 seconds[row].append(step_time)
                 mask_seconds[row].append(mask_time)
-            memory[row], kept[row] = peak.gib, float(kept_share(this, keep, valid))
             bar.update()
     bar.close()
     if rank > 0:

@@ -21,12 +21,12 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import struct
 import sys
 import tarfile
-import tempfile
 import time
 import unicodedata
 import zipfile
@@ -200,7 +200,8 @@ def scan(shards, workers=0, progress=False):
 
 def cached_scan(shards, cache, workers, progress):
     """What `scan` returns, from the file `cache` if these very shards were scanned before; else it is made."""
-    stamp = json.dumps([(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in shards])
+    stats = map(os.stat, shards)  # ctime: changes with the content, and when someone who could not read now may
+    stamp = json.dumps([(path, stat.st_size, stat.st_ctime_ns) for path, stat in zip(shards, stats)])
     try:
         with np.load(cache) as stored:
             if stored["stamp"] == stamp:
@@ -208,13 +209,14 @@ def cached_scan(shards, cache, workers, progress):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there yet, or damaged: it is only a copy
         pass
     index, *found = scan(shards, workers, progress)
-    handle, part = tempfile.mkstemp(".part", dir=os.path.dirname(cache) or ".")  # other machines may write it as well
+    part = f"{cache}.{secrets.token_hex(4)}.part"  # each machine of a run writes one
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "wb") as file:
             np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
         os.replace(part, cache)
     except OSError as error:
-        os.remove(part)
+        if os.path.exists(part):
+            os.remove(part)
         raise OSError(f"{cache}: could not be written ({error.strerror})") from None
     return index, *found
 
