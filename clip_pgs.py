@@ -3,6 +3,7 @@
     torchrun clip_pgs.py --mask pgs --ratio 0.5                          the demo: makes its data, minutes on a CPU
     torchrun --nproc_per_node 8 clip_pgs.py --data 'cc12m/{00000..01242}.tar' --mask pgs --ratio 0.5 --val imagenet/
     python clip_pgs.py --show-masks photo.jpg --ratio 0.5                what each mask leaves of a photograph
+    python clip_pgs.py --bench                                           what a training step costs under each mask
     python clip_pgs.py --help                                            every option, its default and meaning
 
 CLIP trains an image and a text encoder so that a photograph and its caption get similar features. Most of the cost
@@ -10,8 +11,8 @@ is the image encoder, and most patches of an image repeat their neighbours. Five
 none (CLIP), random (FLIP), cluster (E-CLIP), attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025,
 arXiv 2503.17080), which is what this file is about.
 
-The story, top to bottom: Config, masks, model, loss, optimizer and schedule, checkpoint, pictures, training, main.
-Shards, images and tokens come from data.py; evaluate.py measures what was learned.
+The story, top to bottom: Config, masks, model, loss, optimizer and schedule, checkpoint, pictures, training, bench,
+main. Shards, images and tokens come from data.py; evaluate.py measures what was learned.
 """
 import argparse
 import copy
@@ -22,6 +23,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -86,14 +88,14 @@ class Config:
     # run
     seed: int = knob(0, "fixes the weights at the start, the order of the data, the crops and the masks")
     workers: int = knob(4, "processes a rank that read and decode; 0: none but the rank itself")
-    out: str = knob("out", "folder for ckpt.pt, log.jsonl and masks.png")
+    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and index.npz (where the samples lie)")
     save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one")
     keep: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
     resume: str = knob("", "checkpoint to go on from; alone: that in --out, or a fresh start if there is none")
     force: bool = knob(False, "resume although an option that changes the result is another than before")
     grad_checkpointing: bool = knob(False, "compute activations twice to store them never: less memory, same loss")
-    compile: bool = knob(False, "let torch.compile fuse the layers: a minute more at the start, faster steps on a GPU")
-    bench: bool = knob(False, "time a training step under every mask, or --mask alone, on made-up batches, then stop")
+    compile: bool = knob(False, "let torch.compile fuse the layers: the first step of each shape takes far longer")
+    bench: bool = knob(False, "time --steps training steps a mask, of all or of --mask, on made-up batches, then stop")
     show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
 
 
@@ -643,7 +645,9 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     """The dict of a torch file, on the CPU. ValueError with one line if it is missing, corrupt, or would run code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on files that it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file

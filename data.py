@@ -97,19 +97,26 @@ def tar_members(path):
     total = os.path.getsize(path)
     if total == 0:
         raise ValueError(f"{path}: empty file, not a tar")
-    offset, long_name, page, at = 0, None, b"", 0
+    offset, long_name, page, at, end = 0, None, b"", 0, -1  # end: of the last header within the page
     with open(path, "rb", buffering=0) as file:
         while offset + 512 <= total:
-            # A data set has tens of millions of headers. A page at a time: the headers of a caption and of the next
-            # image nearly always share one.
-            if not at <= offset <= at + len(page) - 512:
-                page, at = os.pread(file.fileno(), 4096, offset), offset
+            # A data set has tens of millions of headers, and to read them one by one costs most of the time. Those of
+            # a caption and of the next image nearly always share a page; small files follow each other in few.
+            if offset > end:
+                page, at = os.pread(file.fileno(), 65536 if offset < end + 4096 else 4096, offset), offset
+                end = at + len(page) - 512
             name, size, kind, magic, prefix = HEADER.unpack_from(page, offset - at)
             if magic[:5] != b"ustar":
                 if not any(page[offset - at:offset - at + 512]):
                     return
                 raise ValueError(f"{path}: not a tar (no header at byte {offset})")
-            size = _octal(size, path)
+            if size[0] == 0x80:  # base 256, for files of 8 GiB and more
+                size = int.from_bytes(size[1:], "big")
+            else:
+                digits = size.strip(b" \0")
+                if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends us in circles
+                    raise ValueError(f"{path}: not a tar (a header without a size)")
+                size = int(digits or b"0", 8)
             start, offset = offset + 512, offset + 512 + (size + 511) // 512 * 512
             if start + size > total:
                 break
@@ -128,15 +135,6 @@ def tar_members(path):
     raise ValueError(f"{path}: truncated, the tar breaks off at byte {total}")
 
 
-def _octal(field, path):
-    if field[0] == 0x80:  # base 256, for files of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends the reader in circles
-        raise ValueError(f"{path}: not a tar (a header without a size)")
-    return int(digits or b"0", 8)
-
-
 def tar_samples(path, samples=None):
     """{key: {extension: (offset, size)}}: the samples of a tar, in its order.
 
@@ -145,11 +143,9 @@ def tar_samples(path, samples=None):
     """
     samples = {} if samples is None else samples
     for name, offset, size in tar_members(path):
-        folder = name.rfind("/") + 1
-        key, _, extension = name[folder:].partition(".")
-        if folder:
-            key = name[:folder] + key
-        samples.setdefault(key, {})[extension.lower()] = offset, size
+        folder, slash, base = name.rpartition("/")
+        key, _, extension = base.partition(".")
+        samples.setdefault(folder + slash + key, {})[extension.lower()] = offset, size
     if not samples:
         raise ValueError(f"{path}: a tar without members")
     return samples
@@ -169,8 +165,10 @@ def index_shard(path):
     except (ValueError, OSError) as error:
         fault = f"{error}; {len(samples)} samples stand before that" if samples else str(error)
     for files in samples.values():
-        image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-        text = files.get("txt") or files.get("json")
+        for extension in IMAGE_EXTENSIONS:
+            if extension in files:
+                break
+        image, text = files.get(extension), files.get("txt") or files.get("json")
         if image and text:
             rows.append((0, *image, *text, "txt" not in files))
         else:
