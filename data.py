@@ -849,6 +849,8 @@ def main():
     options = parser.parse_args()
     try:
         if options.command == "bench":
+            if options.image_size < 1:
+                raise ValueError(f"--image-size {options.image_size}: must be at least 1")
             bench(expand(options.shards), options.image_size)
             return
         if options.command == "demo":
