@@ -118,21 +118,16 @@ def check(config):
     """ValueError with one line for the first option whose value cannot work."""
     if config.model not in SIZES:
         raise ValueError(f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    if config.mask not in MASKS and (config.mask or not config.bench):
-        raise ValueError(f"--mask {config.mask}: choose one of {', '.join(MASKS)}")
-    check_ratio(config.ratio)
-    if config.ema_size % max(1, config.patch_size):
-        raise ValueError(f"--ema-size {config.ema_size}: must be a multiple of --patch-size {config.patch_size}")
+    check_mask((config.mask or "none") if config.bench else config.mask, config.ratio)
     if config.patch_size < 1 or config.image_size < 1 or config.image_size % config.patch_size:
         raise ValueError(f"--patch-size {config.patch_size}: must divide --image-size {config.image_size}")
-    for name in ("batch_size", "accum", "epochs", "context_length", "vocab_size", "save_every"):
-        least = {"context_length": 3, "vocab_size": 514}.get(name, 1)
-        if getattr(config, name) < least:
+    if config.ema_size % config.patch_size:
+        raise ValueError(f"--ema-size {config.ema_size}: must be a multiple of --patch-size {config.patch_size}")
+    for name, least in dict(batch_size=1, accum=1, epochs=1, save_every=1, context_length=3, vocab_size=514, steps=0,
+                            warmup=0, workers=0, lr=0, weight_decay=0, eps=0, max_bad=0, seed=0, ema_size=0,
+                            unmasked_epochs=0).items():
+        if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    for name in ("steps", "warmup", "workers", "lr", "weight_decay", "eps", "max_bad", "seed", "ema_size",
-                 "unmasked_epochs"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
     if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
         raise ValueError(f"--scale {config.scale}: two numbers, 0 < low <= high <= 1")
     if not (len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)):
@@ -147,8 +142,10 @@ ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
 
 
-def check_ratio(ratio):
-    """ValueError unless `ratio` is one share of patches or a range of two, each in [0, 1)."""
+def check_mask(name, ratio):
+    """ValueError unless `name` is one of MASKS and `ratio` one share of patches or a range of two, each in [0, 1)."""
+    if name not in MASKS:
+        raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2):
         raise ValueError(f"--ratio {' '.join(map(str, ratio))}: one number, or two for a range")
     for share in ratio:
@@ -255,7 +252,7 @@ def cluster_score(similarity, noise):
     """(B, L): the similarity to the nearest of a few random anchor patches (E-CLIP, Wei et al., CVPR 2024)."""
     num_anchors = max(1, round(ANCHORS * noise.shape[1]))
     anchors = noise.topk(num_anchors).indices                        # (B, A)
-    return _rows(similarity, anchors).amax(1)
+    return similarity.take_along_dim(anchors[..., None], dim=1).amax(1)
 
 
 def pgs_candidates(edges, noise):
@@ -270,11 +267,7 @@ def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection)."""
     if transport:
         similarity = similarity + sinkhorn(similarity)
-    return _rows(similarity, candidates).amax(1)
-
-
-def _rows(matrix, rows):
-    return matrix.gather(1, rows[..., None].expand(-1, -1, matrix.shape[2]))
+    return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
 
 
 @torch.no_grad()
@@ -289,9 +282,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
     do without `edges` or `transport`, the paper's ablation.
     An image's mask does not depend on the other images of its batch. ValueError for an unknown name or a bad ratio.
     """
-    if name not in MASKS:
-        raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
-    check_ratio(ratio)
+    check_mask(name, ratio)
     B, _, H, W = images.shape
     L = H // patch_size * (W // patch_size)
     if name == "none":
@@ -424,8 +415,7 @@ class VisionTransformer(nn.Module):
             position = position.T.view(1, -1, side, side)
             position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
         if keep is not None:
-            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[2]))
-            position = position[keep]                                # (B, K, D)
+            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]  # both (B, K, ...)
         x = self.project(patches) + position
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
@@ -439,6 +429,19 @@ class VisionTransformer(nn.Module):
             x = self.transformer.run(block, x, valid)
         x = self.transformer.run(last, x, valid, first_only=True)
         return self.ln_post(x[:, 0]) @ self.proj
+
+
+def in_groups(encode, lengths, limit):
+    """Features (B, D) by encode(rows, longest) of up to four groups of similar length; longest is rounded up to 8.
+
+    A large batch nearly always holds one caption of the full length, though the mean is a third of it: cutting to
+    the longest of the batch gains nothing, cutting to the longest of each quarter gains most of it.
+    """
+    order = lengths.argsort(stable=True)
+    parts = order.chunk(min(4, max(1, len(order) // 32)))  # smaller groups would not fill the hardware
+    longest = lengths[torch.stack([rows[-1] for rows in parts])].tolist()  # one wait for the device, not one a group
+    features = torch.cat([encode(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(parts, longest)])
+    return features[order.argsort().to(features.device, non_blocking=True)]
 
 
 class CLIP(nn.Module):
@@ -465,9 +468,8 @@ class CLIP(nn.Module):
         """
         if valid is None:
             return self.visual(images, keep)
-        groups = similar_lengths(valid.sum(1), limit=valid.shape[1])
-        features = [self.visual(images[rows], keep[rows, :K], valid[rows, :K]) for rows, K in groups]
-        return torch.cat(features)[torch.cat([rows for rows, _ in groups]).argsort()]
+        return in_groups(lambda rows, K: self.visual(images[rows], keep[rows, :K], valid[rows, :K]),
+                         lengths=valid.sum(1), limit=valid.shape[1])
 
     def encode_text(self, tokens):
         """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
@@ -475,10 +477,8 @@ class CLIP(nn.Module):
         Captions are encoded in a few groups of similar length, cut to the longest of each. That is exact, because
         causal attention never looks beyond <end>. Tokens may stay on the CPU, where their lengths are known at once.
         """
-        groups = similar_lengths(tokens.argmax(1) + 1, limit=tokens.shape[1])
-        features = [self._encode_text(tokens[rows, :T]) for rows, T in groups]
-        back = torch.cat([rows for rows, _ in groups]).argsort()
-        return torch.cat(features)[back.to(features[0].device, non_blocking=True)]
+        return in_groups(lambda rows, T: self._encode_text(tokens[rows, :T]),
+                         lengths=tokens.argmax(1) + 1, limit=tokens.shape[1])
 
     def _encode_text(self, tokens):
         tokens = tokens.to(self.text_projection.device, non_blocking=True)
@@ -490,18 +490,6 @@ class CLIP(nn.Module):
 
     def forward(self, images, tokens, keep=None, valid=None):
         return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
-
-
-def similar_lengths(lengths, limit, groups=4):
-    """Splits a batch into groups of similar length: a list of (rows, longest), longest rounded up to 8.
-
-    A large batch nearly always holds one caption of the full length, though the mean is a third of it: cutting to
-    the longest of the batch gains nothing, cutting to the longest of each quarter gains most of it.
-    """
-    order = lengths.argsort(stable=True)
-    parts = order.chunk(min(groups, max(1, len(order) // 32)))  # smaller groups would not fill the hardware
-    longest = lengths[torch.stack([rows[-1] for rows in parts])].tolist()  # one wait for the device, not one a group
-    return [(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(parts, longest)]
 
 
 # -----------------------------------------------------------------------------
@@ -543,6 +531,11 @@ def update_ema(ema, model, progress):
 
 # -----------------------------------------------------------------------------
 # Loss.
+
+
+def ranks():
+    """(rank, world_size): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Gather(torch.autograd.Function):
@@ -624,22 +617,9 @@ def learning_rate(step, total_steps, peak, warmup):
 
 
 def save_checkpoint(path, **state):
-    """Writes a torch file that appears under its name only when it is whole and on disk; OSError if it can't be."""
-    part = path + ".part"
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, has to reach the disk
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a disk that fills up while it writes
-        if os.path.exists(part):
-            os.remove(part)
-        cause = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: could not be written ({cause}); the previous checkpoint, if any, is untouched") from None
+    """Writes a torch file; OSError if it can't be, and then the previous one is still there."""
+    with data.appearing(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path):
@@ -676,13 +656,14 @@ def denormalize(images):
 
 
 def masked_pictures(images, keep, valid, patch_size):
-    """What the encoder sees: (B, H, W, 3) uint8 with the removed patches grey."""
-    B, _, H, W = images.shape
-    rows, columns = H // patch_size, W // patch_size
-    seen = torch.zeros(B, rows * columns, dtype=torch.bool, device=keep.device)
-    seen.scatter_(1, keep, torch.ones_like(keep, dtype=torch.bool) if valid is None else valid)
-    seen = seen.view(B, rows, 1, columns, 1).expand(-1, -1, patch_size, -1, patch_size).reshape(B, H, W)
-    return np.where(seen.cpu().numpy()[..., None], denormalize(images), 128).astype(np.uint8)
+    """What the encoder sees of the first images of a batch: (B, H, W, 3) uint8 with the removed patches grey."""
+    if keep is None:
+        return denormalize(images)
+    (B, _, H, W), P = images.shape, patch_size
+    seen = torch.zeros(B, H // P * (W // P), dtype=torch.bool, device=keep.device)
+    seen.scatter_(1, keep[:B], True if valid is None else valid[:B])
+    seen = seen.view(B, H // P, W // P, 1).repeat_interleave(P, 1).repeat_interleave(P, 2)  # (B, H, W, 1)
+    return np.where(seen.cpu().numpy(), denormalize(images), np.uint8(128))
 
 
 def save_grid(path, grid, titles=(), tile=192):
@@ -699,15 +680,6 @@ def save_grid(path, grid, titles=(), tile=192):
     sheet.save(path)
 
 
-def save_pictures(config, images, keep, valid):
-    """Writes masks.png: a few training images and below them what the encoder saw."""
-    seen = denormalize(images)
-    if keep is not None:
-        B = len(images)
-        seen = masked_pictures(images, keep[:B], None if valid is None else valid[:B], config.patch_size)
-    save_grid(os.path.join(config.out, "masks.png"), [denormalize(images), seen])
-
-
 def open_photo(path, size):
     """A photograph as the model sees it in evaluation, (1, 3, size, size): upright, centre square, normalised."""
     try:
@@ -721,9 +693,9 @@ def open_photo(path, size):
 
 def show_masks(config):
     """Writes masks.png: a row a photograph, with its edges and what each mask keeps of it."""
-    stored = load_checkpoint(resume_path(config)) if resume_path(config) else {}
+    stored = load_checkpoint(config.resume) if config.resume else {}
     if stored and not {"model", "config"} <= stored.keys():
-        raise ValueError(f"--resume {resume_path(config)}: weights only, not a checkpoint of this program")
+        raise ValueError(f"--resume {config.resume}: weights only, not a checkpoint of this program")
     for name in ("model", "image_size", "patch_size", "quick_gelu") if stored else ():
         setattr(config, name, stored["config"][name])
     torch.manual_seed(config.seed)
@@ -731,12 +703,11 @@ def show_masks(config):
     if stored:
         visual.load_state_dict(stored.get("ema") or {
             name.removeprefix("visual."): x for name, x in stored["model"].items() if name.startswith("visual.")})
-    P, side, grid = config.patch_size, config.image_size // config.patch_size, []
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, P, grid = torch.Generator().manual_seed(config.seed), config.patch_size, []
     for path in config.show_masks:
         images = open_photo(path, config.image_size)
         attention = class_attention(visual, images, config.ema_size)
-        edges = sobel_edges(images, P).view(side, side).kron(torch.ones(P, P))     # (H, W)
+        edges = sobel_edges(images, P).view(2 * [config.image_size // P]).kron(torch.ones(P, P))     # (H, W)
         row = [denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
         for name in MASKS[1:]:
             keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
@@ -751,11 +722,6 @@ def show_masks(config):
 
 # -----------------------------------------------------------------------------
 # Training.
-
-
-def ranks():
-    """(rank, world_size): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_objects(thing):
@@ -780,9 +746,7 @@ class Report:
         if dist.is_initialized():
             dist.all_reduce(values)
         self.names, self.values = list(numbers), (values / ranks()[1]).to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if device.type == "cuda" else None
-        if self.arrived:
-            self.arrived.record()
+        self.arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
 
     def read(self):
         """{name: float}."""
@@ -860,11 +824,9 @@ def backward(model, images, tokens, keep, valid, real, accum):
 
 def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha):
     """One update on a local batch, without waiting for it: (loss of this rank, keep, valid). No noise, no mask."""
-    clip, device = getattr(model, "module", model), optimizer.param_groups[0]["params"][0].device
-    images, real = images.to(device, non_blocking=True), real.to(device, non_blocking=True)
-    keep, valid = None, None
-    if noise is not None:
-        keep, valid = batch_masks(config, clip.visual, ema, images, noise, alpha)
+    clip = getattr(model, "module", model)
+    images, real = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, real))
+    keep, valid = (None, None) if noise is None else batch_masks(config, clip.visual, ema, images, noise, alpha)
     loss = backward(model, images, tokens, keep, valid, real, config.accum)
     optimizer.step()
     optimizer.zero_grad()
@@ -913,10 +875,10 @@ def load_data(config):
     scans = int(os.environ.get("LOCAL_RANK", 0)) == 0
     for turn in (True, False):  # one rank of each machine reads the shards, the others what it found
         if scans == turn:
-            index, warnings = data.build_index(shards, config.max_bad, os.path.join(config.out, "index.npz"),
-                                               config.workers, progress=rank == 0)
+            index, remarks = data.build_index(shards, config.max_bad, os.path.join(config.out, "index.npz"),
+                                              config.workers, progress=rank == 0)
         gather_objects(None)
-    for line in warnings if rank == 0 else ():
+    for line in remarks if rank == 0 else ():
         print("warning:", line)
     return shards, index
 
@@ -936,22 +898,13 @@ FREE = ("val", "vocab", "vocab_size", "max_bad", "batch_size", "accum", "workers
         "resume", "force", "grad_checkpointing", "compile", "bench", "show_masks")
 
 
-def resume_path(config):
-    """The checkpoint that --resume means, or "" for a fresh start."""
-    if config.resume != ALONE:
-        return config.resume
-    path = os.path.join(config.out, "ckpt.pt")
-    return path if os.path.exists(path) else ""
-
-
 def resume_state(config, global_batch):
     """The checkpoint to go on from, or {}. ValueError if an option that changes the result differs from it."""
-    path = resume_path(config)
-    if not path:
+    if not config.resume:
         return {}
-    state = load_checkpoint(path)
+    state = load_checkpoint(config.resume)
     if not {"model", "optimizer", "step", "config", "global_batch", "num_samples"} <= state.keys():
-        raise ValueError(f"--resume {path}: weights only, no state of a training run")
+        raise ValueError(f"--resume {config.resume}: weights only, no state of a training run")
     then, now = state["config"], asdict(config)
     changed = [f"--{name.replace('_', '-')} was {then[name]}, now {now[name]}"
                for name in then if name in now and name not in FREE and then[name] != now[name]]
@@ -959,7 +912,7 @@ def resume_state(config, global_batch):
         changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, "
                        f"now {global_batch}")
     if changed and not config.force:
-        raise ValueError(f"--resume {path}: {'; '.join(changed)}. --force goes on all the same")
+        raise ValueError(f"--resume {config.resume}: {'; '.join(changed)}. --force goes on all the same")
     return state
 
 
@@ -967,11 +920,10 @@ def open_log(path, step):
     """The log, open for appending, cut back to the steps that the checkpoint has behind it."""
     lines = []
     if step and os.path.exists(path):
-        with open(path) as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".part", "w") as file:
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    with data.appearing(path) as file:
         file.writelines(lines)
-    os.replace(path + ".part", path)
     return open(path, "a", buffering=1)
 
 
@@ -1000,7 +952,7 @@ def build(config, state, device):
             clip.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:  # --force can do much, but not change the shape of tensors
-            raise ValueError(f"--resume {resume_path(config)}: does not fit this model: "
+            raise ValueError(f"--resume {config.resume}: does not fit this model: "
                              f"{str(error).splitlines()[-1].strip()}") from None
     ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
     if ema and state.get("ema"):
@@ -1067,8 +1019,8 @@ def train(config, device):
         raise ValueError(f"--out {config.out}: {error.strerror}; name a folder that can be made") from None
     shards, index = load_data(config)
     if state and state["num_samples"] != len(index) and not config.force:
-        raise ValueError(f"--resume {resume_path(config)}: the data had {state['num_samples']} samples, now "
-                         f"{len(index)}. --force goes on all the same")
+        raise ValueError(f"--resume {config.resume}: the data had {state['num_samples']} samples, now {len(index)}. "
+                         "--force goes on all the same")
     steps_per_epoch = len(index) // global_batch
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images a step of only {len(index)} samples")
@@ -1093,13 +1045,14 @@ def train(config, device):
         log = open_log(os.path.join(config.out, "log.jsonl"), step)
         print(describe(config, clip, world_size, steps_per_epoch, total_steps), flush=True)
 
-    def settle(reports, ahead):
-        """Reads and logs all but the last `ahead` reports; returns whether a signal has reached any of the ranks."""
+    def settle(ahead):
+        """Reads and logs all but the last `ahead` reports; True, and all, if a signal has reached any of the ranks."""
         signalled = False
         while len(reports) > ahead:
             report, record, samples = reports.popleft()
             numbers = report.read()
-            signalled |= numbers.pop("signalled") > 0
+            if numbers.pop("signalled"):
+                signalled, ahead = True, 0
             if not math.isfinite(numbers["loss"]):
                 names = write_names(config, record["step"], data.sample_names(shards, index, samples))
                 raise ValueError(f"step {record['step']}: the loss is {numbers['loss']}; no checkpoint has seen this "
@@ -1133,21 +1086,21 @@ def train(config, device):
             tick = time.perf_counter()
             record = dict(step=step, epoch=epoch + 1, lr=group["lr"], images_per_s=images_per_s)
             report = Report(loss=loss, logit_scale=clip.logit_scale.exp().detach(),
-                            kept=kept_share(config, keep, valid), signalled=float(bool(stop.signal)))
+                            kept=kept_share(config, keep, valid), signalled=bool(stop.signal))
             reports.append((report, record, samples[batch]))
             lost += [(int(index["shard"][samples[batch][i]]), cause) for i, cause in bad]
             if rank == 0 and batch == first and (keep is not None or config.mask == "none"):
-                save_pictures(config, normalize(images[:8], device), keep, valid)
-            save_now = step % config.save_every == 0 and batch + 1 < last
-            stopping = settle(reports, ahead=0 if save_now or batch + 1 == last else 1)
-            if stopping:
-                settle(reports, ahead=0)
-            if rank == 0 and (save_now or stopping and batch + 1 < last):
+                shown = normalize(images[:8], device)
+                save_grid(os.path.join(config.out, "masks.png"),
+                          [denormalize(shown), masked_pictures(shown, keep, valid, config.patch_size)])
+            save_now, ended = step % config.save_every == 0, batch + 1 == last
+            stopping = settle(ahead=0 if save_now or ended else 1)
+            if rank == 0 and (save_now or stopping) and not ended:
                 save("ckpt.pt")
             if stopping:
                 break
         bar.close()
-        if batch + 1 < last:  # a signal, in the middle of an epoch
+        if not ended:  # a signal, in the middle of an epoch
             break
 
         if rank == 0:
@@ -1161,9 +1114,9 @@ def train(config, device):
         if stopping:
             break
     if step < total_steps:
-        raise Interrupted(f"stopped after step {step} of {total_steps}; go on with the same command and --resume")
-    if not results:  # resumed at the very end
-        results = evaluate_all()
+        message = f"stopped after step {step} of {total_steps}; go on with the same command and --resume"
+        sys.exit(message if rank == 0 else 1)
+    results = results or evaluate_all()  # none yet: resumed at the very end
     if rank == 0:
         if results:
             print(evaluate.table(results))
@@ -1220,20 +1173,18 @@ def bench(config, device):
     model = parallel(clip, device)
     images, tokens, real = made_up_batch(config)
     global_batch = len(images) * world_size
-    noise, alpha = step_noise(config, 0, global_batch, device), 0.5
+    noise, alpha, on_gpu = step_noise(config, 0, global_batch, device), 0.5, device.type == "cuda"
+    synchronize = torch.get_device_module(device).synchronize  # of a CPU: does nothing
 
     def timed(work):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         result = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - start, result
 
-    rounds, warmup = config.steps or (20 if device.type == "cuda" else 3), 3 if device.type == "cuda" else 1
-    seconds, mask_seconds = ({row: [] for row in chosen} for _ in range(2))
-    memory, kept, flops = {}, {}, dict.fromkeys(chosen, 0)
+    rounds, warmup = config.steps or (20 if on_gpu else 3), 3 if on_gpu else 1
+    seconds, memory, kept, flops = {row: [] for row in chosen}, {}, {}, {}
     bar = tqdm(total=(warmup + rounds) * len(chosen), desc="bench", unit=" steps", leave=False, disable=rank > 0)
     for number in range(-warmup, rounds):
         for row in chosen:
@@ -1245,41 +1196,38 @@ def bench(config, device):
             memory[row], kept[row] = peak_memory(device), float(kept_share(this, keep, valid))
             on_device = images.to(device)
             mask_time, _ = timed(lambda: masked and batch_masks(this, clip.visual, ema, on_device, noise, alpha))
-            if number == -warmup and device.type == "cuda":  # its counter does not know a CPU's attention
+            if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
                 with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
                     backward(model, on_device, tokens, keep, valid, real.to(device), config.accum)
                 optimizer.zero_grad()
                 flops[row] = counter.get_total_flops()
             if number >= 0:
-                seconds[row].append(step_time)
-                mask_seconds[row].append(mask_time)
+                seconds[row].append((step_time, mask_time))
             bar.update()
     bar.close()
     if rank > 0:
         return
 
-    on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     print(f"{config.model} at {config.image_size}, {world_size} x {len(images)} images, {rounds} rounds"
           f"{', compiled' * config.compile}, PyTorch {torch.__version__}, {name}")
-    table = [["mask", "ratio", "kept", "images/s", "time", "papers", "in mask", "GiB"] + ["TFLOP/s", "MFU"] * on_gpu,
-             ["--------:"] * (8 + 2 * on_gpu)]
+    table, (base, _) = [], np.median(seconds[chosen[0]], axis=0)
     for row in chosen:
-        step_time, base = np.median(seconds[row]), np.median(seconds[chosen[0]])
-        table.append([row[0], " ".join(map(str, row[1])), f"{kept[row]:.2f}", f"{global_batch / step_time:.1f}",
-                      f"{step_time / base:.2f}", PAPERS.get(row, ""), f"{np.median(mask_seconds[row]) / step_time:.1%}",
-                      f"{memory[row]:.1f}"])
+        step_time, mask_time = np.median(seconds[row], axis=0)
+        cells = {"mask": row[0], "ratio": " ".join(map(str, row[1])), "kept": f"{kept[row]:.2f}",
+                 "images/s": f"{global_batch / step_time:.1f}", "time": f"{step_time / base:.2f}",
+                 "papers": PAPERS.get(row, ""), "in mask": f"{mask_time / step_time:.1%}", "GiB": f"{memory[row]:.1f}"}
         if on_gpu:
             tflops = flops[row] / step_time / 1e12
             peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), math.nan)
-            table[-1] += [f"{tflops:.0f}", f"{tflops / peak:.1%}"]
-    print("\n".join("| " + " | ".join(f"{cell:>9}" for cell in cells) + " |" for cells in table))
+            cells |= {"TFLOP/s": f"{tflops:.0f}", "MFU": f"{tflops / peak:.1%}"}
+        table.append(cells)
+    for line in (table[0], ["--------:"] * len(table[0]), *(cells.values() for cells in table)):
+        print("| " + " | ".join(f"{cell:>9}" for cell in line) + " |")
 
 
 # -----------------------------------------------------------------------------
 # Main.
-
-ALONE = "<ckpt.pt in --out, if it is there>"  # the value of --resume without a path
 
 
 def parse(arguments):
@@ -1289,27 +1237,23 @@ def parse(arguments):
                                      ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     for f in fields(Config):
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
-        how = dict(default=f.default, help=f"{f.metadata['help']} (default: {shown or 'none'})", metavar="X",
-                   type=type(f.default))
+        how = dict(metavar="X", type=type(f.default), nargs="?" if f.name == "resume" else None)
         if isinstance(f.default, bool):
-            how = how | dict(action=argparse.BooleanOptionalAction)
-            del how["type"], how["metavar"]
+            how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
-            how |= dict(nargs="+", type=float if f.default else str)
-        elif f.name == "resume":
-            how |= dict(nargs="?", const=ALONE)
-        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+            how = dict(metavar="X", type=float if f.default else str, nargs="+")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
+                            help=f"{f.metadata['help']} (default: {shown or 'none'})")
     options = parser.parse_args(arguments)
     if options.bench:  # all masks
         parser.set_defaults(mask="", batch_size=512 if torch.cuda.is_available() else 16)
     elif not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
     options = parser.parse_args(arguments)
+    if options.resume is None:  # --resume without a path
+        path = os.path.join(options.out, "ckpt.pt")
+        options.resume = path if os.path.exists(path) else ""
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})
-
-
-class Interrupted(Exception):
-    """A signal asked us to stop, and we did so in good order."""
 
 
 def main():
@@ -1331,8 +1275,6 @@ def main():
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before there is a step to finish
         sys.exit("interrupted before training began")
-    except Interrupted as message:
-        sys.exit(str(message) if ranks()[0] == 0 else 1)
     except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton
         sys.exit(f"error: --compile: {str(error).splitlines()[0]}")
     finally:

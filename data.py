@@ -4,10 +4,8 @@
     python data.py demo OUT                  draw the demo data set
     python data.py bench SHARDS              how many images a core reads, decodes, augments and tokenises a second
 
-The file follows one sample: which shards there are and where in them each sample lies (`expand`, `tar_samples`,
-`build_index`), who reads what and when (`epoch_order`), bytes to pixels (`decode_image`, `random_resized_crop`),
-caption to token ids (`Tokenizer`, `learn_merges`), a batch (`Batches`), and last the shards that we write
-ourselves (`write_shards`, the demo scenes, the two commands above).
+The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption to token
+ids, the batch; and last the shards that we write ourselves, the demo's among them.
 """
 import argparse
 import gc
@@ -45,6 +43,27 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB; all CLIP weights expect them
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+
+@contextmanager
+def appearing(path, part=".part"):
+    """A binary file to write, which gets its name only when it is whole and on disk; OSError if it can't be."""
+    try:
+        with open(path + part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + part, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, has to reach the disk
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a disk that fills up while it writes
+        cause = getattr(error, "strerror", None) or "is the disk full?"
+        raise OSError(f"{path}: could not be written ({cause}); one from before, if any, is untouched") from None
+    finally:
+        if os.path.exists(path + part):
+            os.remove(path + part)
+
+
 # -----------------------------------------------------------------------------
 # Shards. A tar is a chain of 512-byte headers, each followed by its file: reading the headers alone tells where
 # every image and caption lies. With that index, any sample is one read away and an epoch is a permutation of it.
@@ -58,17 +77,13 @@ def expand(patterns):
     paths = []
     for pattern in patterns:
         for path in _braces(pattern):
-            if glob.has_magic(path) and not os.path.exists(path):
-                matches = sorted(glob.glob(path))
-                if not matches:
-                    raise ValueError(f"--data {path}: the pattern matches no file")
-                paths += matches
-            elif os.path.isdir(path):
+            if os.path.isdir(path):
                 raise ValueError(f"--data {path}: a folder; name the shards in it, such as '{path.rstrip('/')}/*.tar'")
-            elif not os.path.exists(path):
-                raise ValueError(f"--data {path}: no such file")
-            else:
-                paths.append(path)
+            found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+            if not found:
+                why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
+                raise ValueError(f"--data {path}: {why}")
+            paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
 
@@ -125,13 +140,11 @@ def tar_members(path):
                 if magic == b"ustar\0" and prefix[0]:
                     name = prefix.partition(b"\0")[0] + b"/" + name
                 yield (long_name or name).decode("utf-8", "replace"), start, size
-                long_name = None
-            elif kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
+            long_name = None
+            if kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
                 text = os.pread(file.fileno(), size, start)
                 found = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else None
                 long_name = text.rstrip(b"\0") if kind == b"L" else found[1] if found else None
-            else:
-                long_name = None
     raise ValueError(f"{path}: truncated, the tar breaks off at byte {total}")
 
 
@@ -165,15 +178,19 @@ def index_shard(path):
     except (ValueError, OSError) as error:
         fault = f"{error}; {len(samples)} samples stand before that" if samples else str(error)
     for files in samples.values():
-        for extension in IMAGE_EXTENSIONS:
-            if extension in files:
-                break
-        image, text = files.get(extension), files.get("txt") or files.get("json")
+        image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
+        text = files.get("txt") or files.get("json")
         if image and text:
             rows.append((0, *image, *text, "txt" not in files))
         else:
             incomplete["no caption" if image else "no image"] += 1
     return np.array(rows, INDEX), incomplete, fault
+
+
+def ignore_signals(worker):
+    """For helper processes: signals to stop are the training loop's to answer, which still needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
 
 
 def start_scanner(worker):
@@ -207,15 +224,8 @@ def cached_scan(shards, cache, workers, progress):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there yet, or damaged: it is only a copy
         pass
     index, *found = scan(shards, workers, progress)
-    part = f"{cache}.{secrets.token_hex(4)}.part"  # each machine of a run writes one
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
-        os.replace(part, cache)
-    except OSError as error:
-        if os.path.exists(part):
-            os.remove(part)
-        raise OSError(f"{cache}: could not be written ({error.strerror})") from None
+    with appearing(cache, f".{secrets.token_hex(4)}.part") as file:  # each machine of a run writes one
+        np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
     return index, *found
 
 
@@ -328,15 +338,10 @@ def random_resized_crop(image, size, scale, rng):
 # Tokenizer: byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP. A word is its bytes, the last one marked
 # with </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.
 
-
-def _byte_symbols():
-    """CLIP's printable stand-in for each byte: itself if it shows on a screen, else the next letter from U+0100."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-
-
-BYTES = _byte_symbols()
+# CLIP's printable stand-in for each byte: itself if it shows on a screen (! to ~, ¡ to ¬, ® to ÿ), else the next
+# letter from U+0100.
+BYTES = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in BYTES)}
 
 
 @lru_cache
@@ -472,9 +477,6 @@ class Batches(torch.utils.data.Dataset):
         self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
         self.image_size, self.scale, self.seed = image_size, scale, seed
 
-    def __len__(self):
-        return len(self.order)
-
     def __getitem__(self, number):
         samples, size = self.order[number], self.image_size
         images = torch.zeros(len(samples), 3, size, size, dtype=torch.uint8)
@@ -503,12 +505,6 @@ def sample_names(shards, index, samples):
         header = read_bytes(shards[row["shard"]], row["image"] - 512, 100)  # begins with the member's name
         names.append(f"{shards[row['shard']]}: " + header.split(b"\0")[0].decode("utf-8", "replace"))
     return names
-
-
-def ignore_signals(worker):
-    """For helper processes: signals to stop are the training loop's to answer, which still needs its batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
 
 
 def read_caption(shard, row):
@@ -541,31 +537,22 @@ def sample_captions(shards, index, limit=100_000):
 
 
 def write_tar(path, samples):
-    """Writes (key, {extension: bytes}) pairs to a tar that appears under its name only when it is whole."""
-    part = path + ".part"
-    try:
-        with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, files in samples:
-                for extension, raw in files.items():
-                    member = tarfile.TarInfo(f"{key}.{extension}")
-                    member.size = len(raw)
-                    tar.addfile(member, io.BytesIO(raw))
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    """Writes (key, {extension: bytes}) pairs to a tar."""
+    with appearing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, files in samples:
+            for extension, raw in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
 
 
 def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
     """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on across shards. Returns how many."""
     os.makedirs(folder, exist_ok=True)
-    numbered = ((f"{number:09d}", files) for number, files in enumerate(samples))
-    for shard in itertools.count():
-        first = next(numbered, None)
-        if first is None:
-            return shard
-        rest = itertools.islice(numbered, shard_size - 1)
-        write_tar(os.path.join(folder, name.format(shard)), itertools.chain([first], rest))
+    shard = -1
+    for shard, part in itertools.groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
+        write_tar(os.path.join(folder, name.format(shard)), ((f"{number:09d}", files) for number, files in part))
+    return shard + 1
 
 
 def read_caption_list(path):
@@ -744,10 +731,10 @@ def draw_scene(rng, pairs=None, full=False):
                                   b=pick(rng, BACKGROUNDS[kind]))
 
 
-def demo_sample(split, index, seed=0):
+def demo_sample(split, index):
     """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen."""
     # The split is part of the seed, so no two splits share a random stream and no test scene is a training scene.
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+    rng = np.random.default_rng([0, list(SPLITS).index(split), index])
     pairs, label = None, None
     if split in ("seen", "unseen"):
         pairs = [SEEN[index % len(SEEN)] if split == "seen" else UNSEEN[index % len(UNSEEN)]]
@@ -761,11 +748,6 @@ def demo_sample(split, index, seed=0):
     return jpeg.getvalue(), caption if label is None else label
 
 
-def demo_samples(split, seed=0):
-    """All samples of a split, one after the other."""
-    return (demo_sample(split, index, seed) for index in range(SPLITS[split]))
-
-
 def make_demo(folder):
     """Draws the demo data set into `folder`, in DESIGN's layout; does nothing if it is already there."""
     if os.path.isdir(folder):
@@ -774,19 +756,15 @@ def make_demo(folder):
     shutil.rmtree(part, ignore_errors=True)
     for split in SPLITS:
         evaluation, kind = split != "train", "cls" if split in ("seen", "unseen") else "txt"
-        scenes = tqdm(demo_samples(split), f"drawing demo/{split}", total=SPLITS[split], unit=" scenes")
+        scenes = (demo_sample(split, i) for i in tqdm(range(SPLITS[split]), f"drawing demo/{split}", unit=" scenes"))
         samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
         target = os.path.join(part, split, "test" if evaluation else "")
         num_shards = write_shards(target, samples, 1000, "{}.tar" if evaluation else "{:05d}.tar")
-        texts = {"test/nshards.txt": num_shards}
-        if kind == "txt":
-            texts["dataset_type.txt"] = "retrieval"
-        else:
-            texts["classnames.txt"] = "\n".join(CLASSNAMES)
-            texts["zeroshot_classification_templates.txt"] = "\n".join(TEMPLATES)
-        for name, text in texts.items() if evaluation else ():
+        texts = {"dataset_type.txt": ["retrieval"]} if kind == "txt" else {
+            "classnames.txt": CLASSNAMES, "zeroshot_classification_templates.txt": TEMPLATES}
+        for name, lines in (texts | {"test/nshards.txt": [num_shards]}).items() if evaluation else ():
             with open(os.path.join(part, split, name), "w") as file:
-                file.write(f"{text}\n")
+                file.writelines(f"{line}\n" for line in lines)
     os.replace(part, folder)  # under its name only when whole
 
 
@@ -852,16 +830,15 @@ def main():
             if options.image_size < 1:
                 raise ValueError(f"--image-size {options.image_size}: must be at least 1")
             bench(expand(options.shards), options.image_size)
-            return
-        if options.command == "demo":
+        elif options.command == "demo":
             make_demo(options.out)
-            return
-        if options.shard_size < 1:
+        elif options.shard_size < 1:
             raise ValueError(f"--shard-size {options.shard_size}: must be at least 1")
-        if glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
+        elif glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
             raise ValueError(f"{options.out}: holds shards already; name another folder")
-        samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
-        print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
+        else:
+            samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
+            print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError) as error:
         named = getattr(error, "filename", None)
         sys.exit(f"error: {named}: {error.strerror}" if named else f"error: {error}")

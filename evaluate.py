@@ -18,7 +18,7 @@ import textwrap
 import zipfile
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -72,10 +72,7 @@ def read_checkpoint(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except (RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: a damaged archive ({str(error).splitlines()[0]:.120})") from None
-    checkpoint = clip_pgs.load_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint or a state dict")
-    return checkpoint
+    return clip_pgs.load_checkpoint(path)
 
 
 def read_config(path, values):
@@ -115,14 +112,11 @@ def infer_config(path, state):
 
 def check_tensors(path, state, expected):
     """ValueError that names the first tensor of a state dict that is missing, of another shape, or unknown."""
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ValueError(f"{path}: lacks the tensor {name} {tuple(tensor.shape)}")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-    unknown = next((name for name in state if name not in expected), None)
-    if unknown:
-        raise ValueError(f"{path}: the tensor {unknown} {tuple(state[unknown].shape)} has no place in this model")
+    for name in expected | state:
+        found = tuple(state[name].shape) if name in state else "missing"
+        wanted = tuple(expected[name].shape) if name in expected else "no tensor of that name"
+        if found != wanted:
+            raise ValueError(f"{path}: {name} is {found}, expected {wanted}")
 
 
 # -----------------------------------------------------------------------------
@@ -163,15 +157,8 @@ def preprocess(image, size):
 # A sample that cannot be read is an error, never skipped: a test score over fewer samples would be a lie.
 
 Sample = namedtuple("Sample", "path offset size name")  # where an image lies; name is for messages
-
-
-@dataclass
-class Folder:
-    """One split of an evaluation folder. `targets` are class numbers, or lists of captions for retrieval."""
-    samples: list
-    targets: list
-    classnames: list   # empty for retrieval
-    templates: list    # sentences with {c} in place of the class name
+# One split. targets: class numbers, or lists of captions for retrieval, where classnames and templates are empty.
+Folder = namedtuple("Folder", "samples targets classnames templates")
 
 
 def read_folder(folder, split="test"):
@@ -223,18 +210,15 @@ def read_split(folder, split, extension):
     for shard in (os.path.join(folder, split, f"{i}.tar") for i in range(int(number))):
         if not os.path.exists(shard):
             raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
-        with open(shard, "rb") as file:
-            for key, files in data.tar_samples(shard).items():
-                image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
-                if image is None or extension not in files:
-                    raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
-                offset, size = files[extension]
-                file.seek(offset)
-                text = file.read(size).decode("utf-8", "replace")
-                if not text.strip() or "\ufffd" in text:
-                    raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
-                samples.append(Sample(shard, *files[image], f"{key}.{image}"))
-                texts.append(text)
+        for key, files in data.tar_samples(shard).items():
+            image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
+            if image is None or extension not in files:
+                raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
+            text = data.read_bytes(shard, *files[extension]).decode("utf-8", "replace")
+            if not text.strip() or "\ufffd" in text:
+                raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
+            samples.append(Sample(shard, *files[image], f"{key}.{image}"))
+            texts.append(text)
     return samples, texts
 
 
@@ -264,14 +248,12 @@ def image_batches(samples, size, workers):
     def read(sample):
         return resize_and_crop(read_image(sample), size)
 
-    ahead = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for start in range(0, len(samples), IMAGE_BATCH):
-            ahead.append([pool.submit(read, sample) for sample in samples[start:start + IMAGE_BATCH]])
-            if len(ahead) > 2:
-                yield torch.stack([image.result() for image in ahead.popleft()])
+        batches = (pool.map(read, samples[start:start + IMAGE_BATCH]) for start in range(0, len(samples), IMAGE_BATCH))
+        ahead = deque(islice(batches, 2))
         while ahead:
-            yield torch.stack([image.result() for image in ahead.popleft()])
+            ahead.extend(islice(batches, 1))
+            yield torch.stack([*ahead.popleft()])
 
 
 @torch.no_grad()
@@ -429,7 +411,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     name, this = os.path.basename(os.path.abspath(folder)), read_folder(folder)
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
-    device = images.device
+    device, sheet = images.device, os.path.join(pictures, f"{name}.png")
 
     if not this.classnames:
         captions = [caption for captions in this.targets for caption in captions]
@@ -438,7 +420,6 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         if rank > 0:
             return {}
         if pictures:
-            sheet = os.path.join(pictures, f"{name}.png")
             draw_retrieval(sheet, this.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=device))
 
@@ -449,7 +430,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     scores, labels = images @ classes.T, torch.tensor(this.targets, device=device)
     metrics = classification_metrics(scores, labels)
     if pictures:
-        draw_mistakes(os.path.join(pictures, f"{name}.png"), this, scores, labels)
+        draw_mistakes(sheet, this, scores, labels)
     if probe:
         known_labels = torch.tensor(train.targets, device=device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, known_labels, images, labels, len(this.classnames))
