@@ -431,17 +431,17 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-def in_groups(encode, lengths, limit):
+def in_groups(encode, lengths, limit, device):
     """Features (B, D) by encode(rows, longest) of up to four groups of similar length; longest is rounded up to 8.
 
     A large batch nearly always holds one caption of the full length, though the mean is a third of it: cutting to
     the longest of the batch gains nothing, cutting to the longest of each quarter gains most of it.
     """
-    order = lengths.argsort(stable=True)
-    parts = order.chunk(min(4, max(1, len(order) // 32)))  # smaller groups would not fill the hardware
-    longest = lengths[torch.stack([rows[-1] for rows in parts])].tolist()  # one wait for the device, not one a group
-    features = torch.cat([encode(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(parts, longest)])
-    return features[order.argsort().to(features.device, non_blocking=True)]
+    order, count = lengths.argsort(stable=True), min(4, max(1, len(lengths) // 32))  # more would not fill the hardware
+    longest = lengths[torch.stack([rows[-1] for rows in order.chunk(count)])].tolist()  # waits, for lengths on a GPU
+    order = order.to(device, non_blocking=True)
+    features = [encode(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(order.chunk(count), longest)]
+    return torch.cat(features)[order.argsort()]
 
 
 class CLIP(nn.Module):
@@ -469,7 +469,7 @@ class CLIP(nn.Module):
         if valid is None:
             return self.visual(images, keep)
         return in_groups(lambda rows, K: self.visual(images[rows], keep[rows, :K], valid[rows, :K]),
-                         lengths=valid.sum(1), limit=valid.shape[1])
+                         lengths=valid.sum(1), limit=valid.shape[1], device=valid.device)
 
     def encode_text(self, tokens):
         """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
@@ -477,11 +477,10 @@ class CLIP(nn.Module):
         Captions are encoded in a few groups of similar length, cut to the longest of each. That is exact, because
         causal attention never looks beyond <end>. Tokens may stay on the CPU, where their lengths are known at once.
         """
-        return in_groups(lambda rows, T: self._encode_text(tokens[rows, :T]),
-                         lengths=tokens.argmax(1) + 1, limit=tokens.shape[1])
+        lengths, tokens = tokens.argmax(1) + 1, tokens.to(self.text_projection.device, non_blocking=True)
+        return in_groups(lambda rows, T: self._encode_text(tokens[rows, :T]), lengths, tokens.shape[1], tokens.device)
 
     def _encode_text(self, tokens):
-        tokens = tokens.to(self.text_projection.device, non_blocking=True)
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = self.transformer.run(block, x, causal=True)
@@ -823,7 +822,10 @@ def backward(model, images, tokens, keep, valid, real, accum):
 
 
 def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha):
-    """One update on a local batch, without waiting for it: (loss of this rank, keep, valid). No noise, no mask."""
+    """One update on a local batch: (loss of this rank, keep, valid). No noise, no mask.
+
+    Nothing waits for the device, but for a range of ratios: the lengths of its groups are decided there.
+    """
     clip = getattr(model, "module", model)
     images, real = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, real))
     keep, valid = (None, None) if noise is None else batch_masks(config, clip.visual, ema, images, noise, alpha)
@@ -865,19 +867,29 @@ def write_names(config, step, names):
     return path
 
 
+def together(work):
+    """What work() returns, once it is done on all ranks; ValueError on all if one fails, so that none is left waiting."""
+    result, fault = None, ""
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        fault = str(error)
+    faults = list(filter(None, gather_objects(fault)))
+    if faults:
+        raise ValueError(faults[0])
+    return result
+
+
 def load_data(config):
     """Shard paths and their index. Rank 0 alone draws the demo data, and prints."""
     rank, _ = ranks()
-    if not config.data and rank == 0:
-        data.make_demo("demo")
-    gather_objects(None)  # the others wait until the demo is whole
+    together(lambda: not config.data and rank == 0 and data.make_demo("demo"))
     shards = data.expand(config.data or ("demo/train/*.tar",))
-    scans = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for turn in (True, False):  # one rank of each machine reads the shards, the others what it found
-        if scans == turn:
-            index, remarks = data.build_index(shards, config.max_bad, os.path.join(config.out, "index.npz"),
-                                              config.workers, progress=rank == 0)
-        gather_objects(None)
+    cache, scans, found = os.path.join(config.out, "index.npz"), int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    for turn in (True, False):  # one rank of each machine reads the shards, then the others read what it found
+        found = together(lambda: found if scans != turn else
+                         data.build_index(shards, config.max_bad, cache, config.workers, progress=rank == 0))
+    index, remarks = found
     for line in remarks if rank == 0 else ():
         print("warning:", line)
     return shards, index
@@ -928,7 +940,7 @@ def open_log(path, step):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second one exits at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the next step; a second one exits at once."""
 
     def __init__(self):
         self.signal, self.time = 0, 0.0
@@ -960,7 +972,7 @@ def build(config, state, device):
     if config.compile:
         # Layers of a tower share one compiled graph. Towers, last layers, lengths and evaluation make about a dozen;
         # past its limit, 8, torch would run the rest uncompiled.
-        torch._dynamo.config.recompile_limit = 32
+        torch._dynamo.config.cache_size_limit = 32
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     return clip, optimizer, ema
@@ -1169,7 +1181,8 @@ def bench(config, device):
     chosen = [("none", (0.0,))] + [(mask, config.ratio) for mask in MASKS[1:]] + [("pgs", (0.3, 0.5))]
     chosen = [row for row in dict.fromkeys(chosen) if config.mask in (row[0], "") or row[0] == "none"]
     rank, world_size = ranks()
-    clip, optimizer, ema = build(replace(config, mask="attentive"), {}, device)
+    # The EMA encoder is in the memory of all rows. No learning: random pixels would drive all patches to one embedding.
+    clip, optimizer, ema = build(replace(config, mask="attentive", lr=0.0), {}, device)
     model = parallel(clip, device)
     images, tokens, real = made_up_batch(config)
     global_batch = len(images) * world_size

@@ -120,6 +120,8 @@ def tar_members(path):
             if offset > end:
                 page, at = os.pread(file.fileno(), 65536 if offset < end + 4096 else 4096, offset), offset
                 end = at + len(page) - 512
+                if end < at:  # the file has shrunk meanwhile
+                    break
             name, size, kind, magic, prefix = HEADER.unpack_from(page, offset - at)
             if magic[:5] != b"ustar":
                 if not any(page[offset - at:offset - at + 512]):
@@ -169,14 +171,20 @@ INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
 
 
 def index_shard(path):
-    """(rows of INDEX, causes of what is missing, the shard's fault or "") of one shard."""
+    """(rows of INDEX, causes of what is missing, the shard's fault or "") of one shard.
+
+    The fault is an OSError if the shard could not be read: returned, because one raised in a worker would bring the
+    worker's traceback along as its text.
+    """
     samples, rows, incomplete, fault = {}, [], Counter(), ""
     try:
         tar_samples(path, samples)
         if not any(ext in files for files in samples.values() for ext in IMAGE_EXTENSIONS):
             raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fault = f"{error}; {len(samples)} samples stand before that" if samples else str(error)
+    except OSError as error:
+        fault = OSError(f"{path}: {error.strerror}")
     for files in samples.values():
         image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
         text = files.get("txt") or files.get("json")
@@ -195,17 +203,22 @@ def ignore_signals(worker):
 
 def start_scanner(worker):
     """For the processes that scan. Python looks for cycles among objects that have none a quarter of the time."""
-    ignore_signals(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C, the main process alone tells
     gc.disable()
 
 
 def scan(shards, workers=0, progress=False):
-    """(N,) array of INDEX rows, Counter of what is missing, list of faults: those of all shards, in their order."""
+    """(N,) array of INDEX rows, Counter of what is missing, list of faults: those of all shards, in their order.
+
+    OSError if a shard cannot be read: no fault of its own, and it may be gone at the next start.
+    """
     parts, incomplete, faults = [np.empty(0, INDEX)], Counter(), []
     scans = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=index_shard,
                                         worker_init_fn=start_scanner)  # no tensors, but a map over processes
     bar = tqdm(scans, "reading shard indexes", leave=False, disable=not progress or None)
     for number, (rows, missing, fault) in enumerate(bar):
+        if isinstance(fault, OSError):
+            raise fault
         rows["shard"] = number
         parts.append(rows)
         incomplete += missing
@@ -221,8 +234,8 @@ def cached_scan(shards, cache, workers, progress):
         with np.load(cache) as stored:
             if stored["stamp"] == stamp:
                 return stored["index"], *json.loads(stored["found"].item())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there yet, or damaged: it is only a copy
-        pass
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        pass  # not there yet, or damaged: it is only a copy
     index, *found = scan(shards, workers, progress)
     with appearing(cache, f".{secrets.token_hex(4)}.part") as file:  # each machine of a run writes one
         np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
@@ -322,11 +335,11 @@ def random_resized_crop(image, size, scale, rng):
     box = np.array([left, top, left + w, top + h])
 
     # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture of
-    # a half, quarter or eighth of the size in less time. Where the resize still has to shrink that to two thirds, what
-    # remains of the difference is as small as if the JPEG had been saved once more at quality 90 (38 dB or more).
+    # a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or less: on
+    # photographs, what remains of the difference is as small as after saving the JPEG once more at quality 90.
     enough = 1.5 * size / min(w, h)
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(height * enough))):
-        box = (box * (image.width / width)).round().astype(int)
+        box = (box / round(width / image.width)).round().astype(int)
     left, top, right, bottom = box
     pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))[top:bottom, left:right]  # (h, w, 3)
     # torch's resize is Pillow's, but for rounding, at a fifth of its time.

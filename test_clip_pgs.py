@@ -713,12 +713,15 @@ def test_many_small_passes_make_the_gradients_of_one_large_batch(mask, ratio):
 def work_of_a_rank(rank, folder):
     """What two processes do for the tests below; leaves its results in the folder."""
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     steps = [one_step(RANGE), one_step(tiny(mask="pgs", ratio=(0.25, 0.75), accum=2))]
     noise = clip_pgs.step_noise(RANGE, 3, 8, CPU)
     clip_pgs.train(clip_pgs.parse(options(folder, "--batch-size", 4, "--out", f"{folder}/two")), CPU)
     clip_pgs.train(clip_pgs.parse(options(folder, "--batch-size", 2, "--accum", 2, "--out", f"{folder}/resumed",
                                           "--resume", f"{folder}/one/epoch_1.pt")), CPU)
+    with pytest.raises(ValueError, match="zero.bad: empty file"):  # rank 0 alone reads it; both end
+        clip_pgs.train(clip_pgs.parse(["--data", f"{folder}/zero.bad", "--out", f"{folder}/three"]), CPU)
     torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
@@ -728,6 +731,7 @@ def two_ranks(tmp_path_factory):
     """A folder with the work of one process (`one`) and of two: gradients, masks, whole training runs."""
     folder = tmp_path_factory.mktemp("two_ranks")
     draw_shards(folder)
+    (folder / "zero.bad").touch()
     command(*options(folder, "--out", folder / "one", "--keep"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(work_of_a_rank, (str(folder),), nprocs=2)
@@ -1017,7 +1021,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved_and_names_the_samples(t
     state["model"]["visual.proj"].fill_(math.nan)
     clip_pgs.save_checkpoint(path, **state)
     with pytest.raises(SystemExit, match="step 4: the loss is nan[^\n]*not_finite_step_4.txt$"):
-        train("--steps", 5, "--resume", "--force")
+        train("--steps", 5, "--resume", "--force", "--save-every", 1)
     names = (tmp_path / "out" / "not_finite_step_4.txt").read_text().splitlines()
     assert len(names) == 8 and all(".tar: 00" in name and name.endswith(".png") for name in names)
     assert clip_pgs.load_checkpoint(path)["step"] == 3
@@ -1114,7 +1118,7 @@ def started(folder, *more):
                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
-LONG = ("--epochs", 10, "--save-every", 2, "--mask", "attentive", "--workers", 1)   # 50 steps
+LONG = ("--epochs", 10, "--save-every", 3, "--mask", "attentive", "--workers", 1)   # 50 steps
 
 
 def signalled(folder, out, number, least):
@@ -1149,7 +1153,8 @@ def test_a_killed_run_resumed_in_the_middle_of_an_epoch_has_the_log_of_an_uninte
 
 
 def test_a_terminated_run_finishes_its_step_writes_a_checkpoint_and_says_how_to_go_on(long_run):
-    status, errors, steps = signalled(long_run, "stopped", signal.SIGTERM, least=7)
+    # After step 6, which is saved: the signal is noticed behind step 8, when the numbers of 8 are still to be read.
+    status, errors, steps = signalled(long_run, "stopped", signal.SIGTERM, least=6)
     assert status == 1 and "Traceback" not in errors
     assert errors.rstrip().endswith(f"stopped after step {steps} of 50; go on with the same command and --resume")
     assert clip_pgs.load_checkpoint(str(long_run / "stopped" / "ckpt.pt"))["step"] == steps < 50
@@ -1327,6 +1332,14 @@ def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
 # -----------------------------------------------------------------------------
 # data.py: index and order.
 
+def test_headers_anywhere_in_a_block_are_found(tmp_path):
+    sizes = [65536 - 512, 65024 - 512, 3584, 0, 1, *range(60_000, 69_000, 512), *range(3000, 5000, 256)]
+    path = write_shard(tmp_path / "0.tar", [(f"{i}.jpg", bytes(size)) for i, size in enumerate(sizes)])
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar]
+    assert list(data.tar_members(path)) == expected and len(expected) == len(sizes)
+
+
 def test_the_index_holds_every_image_with_a_caption(tmp_path):
     members = [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", png(5)),
                ("b.jpeg", png(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")]
@@ -1408,6 +1421,16 @@ def test_a_cached_index_keeps_its_warnings(tmp_path):
     assert second[1] == first[1] and "1.tar: empty" in first[1][0]
     with pytest.raises(ValueError, match="1.tar: empty"):
         data.build_index(shards, max_bad=0.1, cache=cache)
+
+
+def test_a_shard_that_cannot_be_read_stops_the_start_and_is_not_remembered(cached, monkeypatch):
+    shards, cache = cached
+    os.remove(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda *_: exec('raise OSError(5, "Input/output error")'))
+        with pytest.raises(OSError, match="0.tar: Input/output error"):
+            data.build_index(shards, cache=cache)
+    assert len(data.build_index(shards, cache=cache)[0]) == 4
 
 
 def index_of(num_shards, samples):
@@ -1493,12 +1516,14 @@ def test_a_picture_too_long_for_a_crop_gives_its_middle(size):
     assert crop.shape == (3, 16, 16) and crop.eq(7).all()
 
 
-def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs():
-    smooth = Image.effect_noise((40, 40), 90).resize((640, 640), Image.Resampling.BICUBIC)
-    raw = encoded(smooth, "JPEG")
-    part, whole = data.open_image(raw), data.decode_image(raw)
-    crops = [data.random_resized_crop(image, 64, (1, 1), np.random.default_rng(1)).double() for image in (part, whole)]
-    assert part.size == (160, 160) and (crops[0] - crops[1]).square().mean().sqrt() < 2
+@pytest.mark.parametrize("size", [(640, 640), (769, 3001)])
+def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(size):
+    raw = encoded(Image.effect_noise((16, 16), 90).resize(size, Image.Resampling.BICUBIC), "JPEG")
+    for seed in range(5):  # parts of the picture: a box of the wrong scale would be another part
+        part, whole = data.open_image(raw), data.decode_image(raw)
+        crops = [data.random_resized_crop(image, 64, (0.3, 0.5), np.random.default_rng(seed)).double()
+                 for image in (part, whole)]
+        assert part.width <= size[0] / 1.9 and (crops[0] - crops[1]).square().mean().sqrt() < 4
 
 
 # -----------------------------------------------------------------------------
