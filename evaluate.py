@@ -589,7 +589,8 @@ def main():
     try:
         run(parser.parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        named = getattr(error, "filename", None)
+        sys.exit(f"error: {named}: {error.strerror}" if named else f"error: {error}")
 
 
 if __name__ == "__main__":
