@@ -322,6 +322,30 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+# Captions differ in length, and with a range of ratios so do images; `real` (B, K) says which slots hold a token. The
+# others need not cost anything: most of a transformer treats each token by itself, so the real ones lie packed, one
+# after the other, (N, D). Attention alone, a few percent of the work, unpacks them to their `places` (N,) of B * K slots.
+
+
+class Pack(torch.autograd.Function):
+    """The tokens x (B, K, D) at `places`: (N, D). No place comes twice, so the gradient can be copied, not added up."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.save_for_backward(places)
+        ctx.shape = x.shape[:2]
+        return x.flatten(0, 1)[places]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return unpack(gradient, *ctx.saved_tensors, ctx.shape), None
+
+
+def unpack(x, places, shape):
+    """Puts tokens (N, D) back to their places among zeros: (B, K, D), `shape` (B, K)."""
+    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy(0, places, x).view(*shape, -1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
 
@@ -332,17 +356,20 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def heads(self, x):
-        """(B, K, D) -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
-        B, K, _ = x.shape
+    def heads(self, x, real=None, places=None):
+        """(B, K, D), or (N, D) with its places -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if places is not None:
+            qkv = unpack(qkv, places, real.shape)
+        B, K, _ = qkv.shape
         return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def mix(self, q, k, v, valid=None, causal=False):
-        """Values averaged by attention, (B, Q, D) for Q queries. valid (B, K): slots that may be attended to."""
-        hidden = None if valid is None else valid[:, None, None, :]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+    def mix(self, q, k, v, real=None, places=None, causal=False):
+        """Values averaged by attention, (B, Q, D) for Q queries, or (N, D) with their places."""
+        # What is not real comes last, where causal attention does not look.
+        seen = None if real is None or causal else real[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2).flatten(2)
+        return self.out_proj(x if places is None else Pack.apply(x, places))
 
 
 class Block(nn.Module):
@@ -358,11 +385,11 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, valid=None, causal=False, first_only=False):
-        q, k, v = self.attn.heads(self.ln_1(x))
+    def forward(self, x, real=None, places=None, causal=False, first_only=False):
+        q, k, v = self.attn.heads(self.ln_1(x), real, places)
         if first_only:  # only the first token's output is wanted: it still sees all the others
             x, q = x[:, :1], q[:, :, :1]
-        x = x + self.attn.mix(q, k, v, valid, causal)
+        x = x + self.attn.mix(q, k, v, real, places, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -381,11 +408,11 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
-    def run(self, block, x, valid=None, **options):
+    def run(self, block, x, *layout, **options):
         """One block; with gradient checkpointing its activations are computed again on the way back."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, valid, use_reentrant=False, preserve_rng_state=False, **options)
-        return block(x, valid, **options)
+            return checkpoint(block, x, *layout, use_reentrant=False, preserve_rng_state=False, **options)
+        return block(x, *layout, **options)
 
 
 class VisionTransformer(nn.Module):
@@ -421,27 +448,18 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
     def forward(self, images, keep=None, valid=None):
-        x = self.embed(images, keep)
+        x, real, places = self.embed(images, keep), None, None
         if valid is not None:
-            valid = F.pad(valid, (1, 0), value=True)                 # (B, 1 + K) the class token is always real
+            real = F.pad(valid, (1, 0), value=True)                  # (B, 1 + K) the class token is always real
+            places = real.flatten().nonzero()[:, 0]                  # (N,) waits for the device: how many are there?
+            x = Pack.apply(x, places)                                # (N, D)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
-            x = self.transformer.run(block, x, valid)
-        x = self.transformer.run(last, x, valid, first_only=True)
+            x = self.transformer.run(block, x, real, places)
+        if valid is not None:
+            x = unpack(x, places, real.shape)                        # (B, 1 + K, D)
+        x = self.transformer.run(last, x, real, first_only=True)     # (B, 1, D)
         return self.ln_post(x[:, 0]) @ self.proj
-
-
-def in_groups(encode, lengths, limit, device):
-    """Features (B, D) by encode(rows, longest) of up to four groups of similar length; longest is rounded up to 8.
-
-    A large batch nearly always holds one caption of the full length, though the mean is a third of it: cutting to
-    the longest of the batch gains nothing, cutting to the longest of each quarter gains most of it.
-    """
-    order, count = lengths.argsort(stable=True), min(4, max(1, len(lengths) // 32))  # more would not fill the hardware
-    longest = lengths[torch.stack([rows[-1] for rows in order.chunk(count)])].tolist()  # waits, for lengths on a GPU
-    order = order.to(device, non_blocking=True)
-    features = [encode(rows, min(limit, (length + 7) // 8 * 8)) for rows, length in zip(order.chunk(count), longest)]
-    return torch.cat(features)[order.argsort()]
 
 
 class CLIP(nn.Module):
@@ -463,29 +481,26 @@ class CLIP(nn.Module):
     def encode_image(self, images, keep=None, valid=None):
         """Features (B, D), not normalised. images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
 
-        With `valid` (B, K), the slots that are not real have no influence. Images are then encoded in a few groups
-        of similar length: the cost is that of the kept patches, rounded up to the longest of each group.
+        With `valid` (B, K), the slots that are not real have no influence, and next to no cost.
         """
-        if valid is None:
-            return self.visual(images, keep)
-        return in_groups(lambda rows, K: self.visual(images[rows], keep[rows, :K], valid[rows, :K]),
-                         lengths=valid.sum(1), limit=valid.shape[1], device=valid.device)
+        return self.visual(images, keep, valid)
 
     def encode_text(self, tokens):
         """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
 
-        Captions are encoded in a few groups of similar length, cut to the longest of each. That is exact, because
-        causal attention never looks beyond <end>. Tokens may stay on the CPU, where their lengths are known at once.
+        What follows <end> is not computed, which is exact: causal attention never looks beyond <end>. Tokens may stay
+        on the CPU, where one need not wait for their lengths.
         """
-        lengths, tokens = tokens.argmax(1) + 1, tokens.to(self.text_projection.device, non_blocking=True)
-        return in_groups(lambda rows, T: self._encode_text(tokens[rows, :T]), lengths, tokens.shape[1], tokens.device)
-
-    def _encode_text(self, tokens):
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        lengths = tokens.argmax(1) + 1
+        T, N = int(lengths.max()), int(lengths.sum())
+        tokens = tokens.to(self.text_projection.device, non_blocking=True)[:, :T]
+        real = torch.arange(T, device=tokens.device) <= tokens.argmax(1)[:, None]            # (B, T)
+        places = (~real).flatten().byte().argsort(stable=True)[:N]                           # (N,) as nonzero would
+        x = Pack.apply(self.token_embedding(tokens) + self.positional_embedding[:T], places) # (N, D)
         for block in self.transformer.resblocks:
-            x = self.transformer.run(block, x, causal=True)
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(1)]     # (B, D)
-        return self.ln_final(x) @ self.text_projection
+            x = self.transformer.run(block, x, real, places, causal=True)
+        ends = real.sum(1).cumsum(0) - 1                                                     # (B,)
+        return self.ln_final(x[ends]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
         return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
