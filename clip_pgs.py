@@ -343,7 +343,7 @@ class Pack(torch.autograd.Function):
 
 def unpack(x, places, shape):
     """Puts tokens (N, D) back to their places among zeros: (B, K, D), `shape` (B, K)."""
-    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy(0, places, x).view(*shape, -1)
+    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy_(0, places, x).view(*shape, -1)
 
 
 class Attention(nn.Module):
@@ -557,9 +557,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
-        return gathered
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, x)
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -1308,6 +1308,10 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if world_size > 1:
+        # DDP leaks the process group, and a thread of gloo that lets go of a tensor while Python ends aborts the process.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

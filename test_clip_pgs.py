@@ -19,6 +19,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import fields
 from itertools import islice, pairwise
 from pathlib import Path
@@ -752,8 +753,7 @@ def work_of_a_rank(rank, folder):
     with pytest.raises(ValueError, match="zero.bad: empty file"):  # rank 0 alone reads it; both end
         clip_pgs.train(clip_pgs.parse(["--data", f"{folder}/zero.bad", "--out", f"{folder}/three"]), CPU)
     torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
-    dist.barrier()  # nobody takes the group down while another still uses it
-    dist.destroy_process_group()
+    os._exit(0)  # as main does
 
 
 @pytest.fixture(scope="module")
@@ -788,6 +788,20 @@ def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two
 
 def test_a_run_of_one_rank_goes_on_with_two(two_ranks):
     assert losses(two_ranks / "resumed") == pytest.approx(losses(two_ranks / "one")[5:], abs=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# What a step asks of the device.
+
+@each_mask
+def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
+    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())  # does not know the meta device, where
+    with torch.device("meta"):                                                   # nothing has a value that could be read
+        clip, noise = CLIP(tiny()), torch.empty(4, 17)
+    images, real = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
+    optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
+    loss, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), real, noise, 0.5)
+    assert loss.is_meta
 
 
 # -----------------------------------------------------------------------------
