@@ -19,7 +19,6 @@ import copy
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -75,8 +74,8 @@ class Config:
     ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112; 0: that of the image (A-CLIP)")
     unmasked_epochs: float = knob(0.0, "train the last so many epochs on whole images (FLIP's unmasked tuning)")
     # optimization
-    batch_size: int = knob(512, "images a rank and forward pass (release: 8 x 512 = 4096 in all)")
-    accum: int = knob(1, "forward passes a step: the exact update of a batch so many times as large")
+    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096 in all)")
+    accum: int = knob(1, "forward passes per step: the exact update of one batch so many times as large")
     epochs: int = knob(32, "passes over the data (paper)")
     steps: int = knob(0, "stop after so many optimizer steps instead; 0: epochs decide")
     lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
@@ -87,20 +86,20 @@ class Config:
     scale: tuple = knob((0.9, 1.0), "area of the random crop, a share of the image (open_clip)")
     # run
     seed: int = knob(0, "fixes the weights at the start, the order of the data, the crops and the masks")
-    workers: int = knob(4, "processes a rank that read and decode; 0: none but the rank itself")
+    workers: int = knob(4, "processes per rank that read and decode; 0: the rank itself does")
     out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and index.npz (where the samples lie)")
     save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one")
     keep: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
     resume: str = knob("", "checkpoint to go on from; alone: that in --out, or a fresh start if there is none")
     force: bool = knob(False, "resume although an option that changes the result is another than before")
-    grad_checkpointing: bool = knob(False, "compute activations twice to store them never: less memory, same loss")
+    grad_checkpointing: bool = knob(False, "compute activations again on the way back, not to store them: same loss")
     compile: bool = knob(False, "let torch.compile fuse the layers: the first step of each shape takes far longer")
-    bench: bool = knob(False, "time --steps training steps a mask, of all or of --mask, on made-up batches, then stop")
+    bench: bool = knob(False, "time --steps training steps of every mask, or of --mask and none, then stop")
     show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
 
 
-# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et al. 2021);
-# S pairs DeiT's small ViT with a text tower of its width.
+# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et al.
+# 2021); S pairs DeiT's small ViT with a text tower of its width.
 SIZES = {
     "ViT-B-16": dict(embed_dim=512, width=768, layers=12, text_width=512, text_layers=12),
     "ViT-S-16": dict(embed_dim=384, width=384, layers=12, text_width=384, text_layers=12),
@@ -146,13 +145,9 @@ def check_mask(name, ratio):
     """ValueError unless `name` is one of MASKS and `ratio` one share of patches or a range of two, each in [0, 1)."""
     if name not in MASKS:
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
-    if len(ratio) not in (1, 2):
-        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: one number, or two for a range")
-    for share in ratio:
-        if not 0 <= share < 1:
-            raise ValueError(f"--ratio {share}: must be at least 0 and below 1, the share of patches to remove")
-    if ratio[0] > ratio[-1]:
-        raise ValueError(f"--ratio {ratio[0]} {ratio[-1]}: the range must go from low to high")
+    if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
+        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and below 1, "
+                         "or a range of two, low then high")
 
 
 def patchify(images, patch_size):
@@ -212,11 +207,11 @@ def sinkhorn(similarity, eps=0.05, iterations=20):
     Optimal transport with uniform marginals, rows and columns sum to 1 (Cuturi 2013). The answer is
     diag(u) K diag(v) with u = 1 / (K v) and v = 1 / (K^T u). Where K is symmetric, so is the answer, and it is
     unique: u = v up to a factor. One vector u with u * (K u) = 1 is left to find. The plain step u <- 1 / (K u)
-    swings between two answers; its geometric mean with u converges, and as cosines make K positive semi-definite, the
-    error at least halves with every step in the end.
+    swings between two answers; its geometric mean with u converges. K of cosines is positive semi-definite, so near the
+    answer every step at least halves the error.
     """
     with torch.autocast(similarity.device.type, enabled=False):
-        kernel = ((similarity.float() - 1) / eps).exp()   # entries up to 1: the factor exp(1 / eps) is u's to find
+        kernel = ((similarity.float() - 1) / eps).exp()   # at most 1; dividing by exp(1 / eps) only rescales u
         u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
         for _ in range(iterations):
             u = (u / (kernel @ u)).sqrt()
@@ -289,7 +284,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         return torch.arange(L, device=images.device).expand(B, L), None
     if noise is None:
         noise = torch.rand(B, L + 1, generator=generator, device=images.device)
-    noise, spare = noise[:, :L], noise[:, L]
+    noise, spare = noise[:, :L], noise[:, L]  # spare: random draws from it how many go
 
     with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) are no place for bf16
         if name == "random":  # FLIP, Li et al., CVPR 2023
@@ -322,9 +317,9 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-# Captions differ in length, and with a range of ratios so do images; `real` (B, K) says which slots hold a token. The
+# Captions differ in length, and with a range of ratios so do images; `valid` (B, K) says which slots hold a token. The
 # others need not cost anything: most of a transformer treats each token by itself, so the real ones lie packed, one
-# after the other, (N, D). Attention alone, a few percent of the work, unpacks them to their `places` (N,) of B * K slots.
+# after the other, (N, D). Attention alone, a few percent of the work, unpacks them to their `places` (N,) of B * K.
 
 
 class Pack(torch.autograd.Function):
@@ -356,18 +351,18 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def heads(self, x, real=None, places=None):
+    def heads(self, x, valid=None, places=None):
         """(B, K, D), or (N, D) with its places -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if places is not None:
-            qkv = unpack(qkv, places, real.shape)
+            qkv = unpack(qkv, places, valid.shape)
         B, K, _ = qkv.shape
         return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def mix(self, q, k, v, real=None, places=None, causal=False):
+    def mix(self, q, k, v, valid=None, places=None, causal=False):
         """Values averaged by attention, (B, Q, D) for Q queries, or (N, D) with their places."""
-        # What is not real comes last, where causal attention does not look.
-        seen = None if real is None or causal else real[:, None, None]
+        # Padding comes last, where causal attention does not look.
+        seen = None if valid is None or causal else valid[:, None, None]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2).flatten(2)
         return self.out_proj(x if places is None else Pack.apply(x, places))
 
@@ -385,11 +380,11 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, real=None, places=None, causal=False, first_only=False):
-        q, k, v = self.attn.heads(self.ln_1(x), real, places)
+    def forward(self, x, valid=None, places=None, causal=False, first_only=False):
+        q, k, v = self.attn.heads(self.ln_1(x), valid, places)
         if first_only:  # only the first token's output is wanted: it still sees all the others
             x, q = x[:, :1], q[:, :, :1]
-        x = x + self.attn.mix(q, k, v, real, places, causal)
+        x = x + self.attn.mix(q, k, v, valid, places, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -400,7 +395,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.grad_checkpointing = config.grad_checkpointing
         self.resblocks = nn.ModuleList(Block(width, config.quick_gelu) for _ in range(layers))
-        # Initialised as CLIP does its text tower: the sum over all residual branches keeps the scale of one.
+        # Initialised as CLIP does its text tower: the sum of all residual branches has the scale of a single one.
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -437,28 +432,28 @@ class VisionTransformer(nn.Module):
     def embed(self, images, keep=None):
         """The tokens of the class and of the patches `keep` (B, K), positions added: (B, 1 + K, D)."""
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
-        if keep is None and patches.shape[1] != len(position):  # another resolution: stretch the grid of positions
+        if keep is not None:
+            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]  # both (B, K, ...)
+        elif patches.shape[1] != len(position):  # another resolution: stretch the grid of positions
             side, wanted = math.isqrt(len(position)), images.shape[-1] // self.patch_size
             position = position.T.view(1, -1, side, side)
             position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
-        if keep is not None:
-            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]  # both (B, K, ...)
         x = self.project(patches) + position
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
     def forward(self, images, keep=None, valid=None):
-        x, real, places = self.embed(images, keep), None, None
+        x, places = self.embed(images, keep), None
         if valid is not None:
-            real = F.pad(valid, (1, 0), value=True)                  # (B, 1 + K) the class token is always real
-            places = real.flatten().nonzero()[:, 0]                  # (N,) waits for the device: how many are there?
+            valid = F.pad(valid, (1, 0), value=True)                 # (B, 1 + K) the class token is always real
+            places = valid.flatten().nonzero()[:, 0]                 # (N,) waits for the device, which knows N
             x = Pack.apply(x, places)                                # (N, D)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
-            x = self.transformer.run(block, x, real, places)
+            x = self.transformer.run(block, x, valid, places)
         if valid is not None:
-            x = unpack(x, places, real.shape)                        # (B, 1 + K, D)
-        x = self.transformer.run(last, x, real, first_only=True)     # (B, 1, D)
+            x = unpack(x, places, valid.shape)                       # (B, 1 + K, D)
+        x = self.transformer.run(last, x, valid, first_only=True)    # (B, 1, D)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -488,18 +483,18 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
 
-        What follows <end> is not computed, which is exact: causal attention never looks beyond <end>. Tokens may stay
-        on the CPU, where one need not wait for their lengths.
+        What follows <end> is not computed, which is exact: causal attention never looks beyond <end>. Pass tokens on
+        the CPU: their lengths are then known without waiting for the device.
         """
         lengths = tokens.argmax(1) + 1
         T, N = int(lengths.max()), int(lengths.sum())
         tokens = tokens.to(self.text_projection.device, non_blocking=True)[:, :T]
-        real = torch.arange(T, device=tokens.device) <= tokens.argmax(1)[:, None]            # (B, T)
-        places = (~real).flatten().byte().argsort(stable=True)[:N]                           # (N,) as nonzero would
+        valid = torch.arange(T, device=tokens.device) <= tokens.argmax(1)[:, None]           # (B, T)
+        places = (~valid).flatten().byte().argsort(stable=True)[:N]  # nonzero(), without asking the device for N
         x = Pack.apply(self.token_embedding(tokens) + self.positional_embedding[:T], places) # (N, D)
         for block in self.transformer.resblocks:
-            x = self.transformer.run(block, x, real, places, causal=True)
-        ends = real.sum(1).cumsum(0) - 1                                                     # (B,)
+            x = self.transformer.run(block, x, valid, places, causal=True)
+        ends = valid.sum(1).cumsum(0) - 1                                                    # (B,) among the N
         return self.ln_final(x[ends]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
@@ -512,10 +507,11 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, averaged over layers and heads: (B, L), rows sum to below 1.
+    """How much the class token attends to each patch, averaged over layers and heads: (B, L).
 
-    A-CLIP's score. Only the class token's row of each attention map is formed, and the last layer ends there. With
-    `size`, the encoder looks at images of that side, a multiple of the patch (A-CLIP's efficient version).
+    A-CLIP's score; a row sums to less than 1, the rest is attention to itself. Only the class token's row of each map
+    is formed, and the last layer ends there. With `size`, the encoder looks at images of that side, a multiple of the
+    patch (A-CLIP's efficient version).
     """
     grid = images.shape[-1] // visual.patch_size
     if size:
@@ -568,41 +564,41 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-LOSS_ROWS = 1024  # of logits in memory at a time: against 32,768 columns 128 MB, where all rows would take 4 GB
+LOSS_ROWS = 1024  # of logits in memory at a time: against 32,768 columns 128 MiB, where all rows would take 4 GiB
 
 
-def cross_entropy_sum(queries, gallery, logit_scale, labels, gallery_valid):
+def cross_entropy_sum(queries, gallery, logit_scale, labels, gallery_real):
     """The summed cross entropy of queries (R, D) against gallery (N, D); labels (R,) of -100 do not count."""
-    logits = (logit_scale * queries @ gallery.T).masked_fill(~gallery_valid, -math.inf)   # (R, N)
+    logits = (logit_scale * queries @ gallery.T).masked_fill(~gallery_real, -math.inf)    # (R, N)
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def clip_loss(image_features, text_features, logit_scale, valid=None):
+def clip_loss(image_features, text_features, logit_scale, real=None):
     """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, D), which it normalises.
 
-    logit_scale multiplies the cosines. Pairs that are not `valid` (B,) bool are left out, as rows and as columns.
+    logit_scale multiplies the cosines. Pairs that are not `real` (B,) bool are left out, as rows and as columns.
     With several ranks, each computes the rows of its own pairs against the columns of all; the mean over the ranks
     of what they return is the loss of the whole batch, and DDP's mean of the gradients is its gradient.
     """
     B, D = image_features.shape
-    valid = torch.ones(B, dtype=torch.bool, device=image_features.device) if valid is None else valid
+    real = torch.ones(B, dtype=torch.bool, device=image_features.device) if real is None else real
     image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     rank, world_size = ranks()
-    all_images, all_texts, all_valid = image_features, text_features, valid
+    all_images, all_texts, all_real = image_features, text_features, real
     if world_size > 1:
-        both = torch.cat([image_features, text_features, valid[:, None].to(image_features.dtype)], dim=1)
-        all_images, all_texts, all_valid = Gather.apply(both).split([D, D, 1], dim=1)
-        all_valid = all_valid[:, 0] > 0
+        both = torch.cat([image_features, text_features, real[:, None].to(image_features.dtype)], dim=1)
+        all_images, all_texts, all_real = Gather.apply(both).split([D, D, 1], dim=1)
+        all_real = all_real[:, 0] > 0
 
-    labels = torch.arange(rank * B, (rank + 1) * B, device=valid.device)
-    labels = labels.where(valid, -100)  # -100: cross_entropy skips the row
+    labels = torch.arange(rank * B, (rank + 1) * B, device=real.device)
+    labels = labels.where(real, -100)  # -100: cross_entropy skips the row
     loss = 0
     for ours, others in ((image_features, all_texts), (text_features, all_images)):
         for rows, row_labels in zip(ours.split(LOSS_ROWS), labels.split(LOSS_ROWS)):
             # Logits are not kept for the way back, but computed again: next to the encoders they cost nothing.
-            loss = loss + checkpoint(cross_entropy_sum, rows, others, logit_scale, row_labels, all_valid,
+            loss = loss + checkpoint(cross_entropy_sum, rows, others, logit_scale, row_labels, all_real,
                                      use_reentrant=False, preserve_rng_state=False) / 2
-    return loss * world_size / all_valid.sum().clamp(min=1)
+    return loss * world_size / all_real.sum().clamp(min=1)
 
 
 # -----------------------------------------------------------------------------
@@ -749,8 +745,8 @@ def gather_objects(thing):
 class Report:
     """Numbers of a step, means over the ranks, on their way from the device to us.
 
-    A GPU works on what it was given while Python runs ahead; asking for a number makes Python wait and then the GPU,
-    for its next work. So a step's numbers are read when the step after it has been handed over.
+    A GPU works on what it was given while Python runs ahead. Asking for a number makes Python wait for the GPU, and
+    then the GPU for Python. So a step's numbers are read when the step after it has been handed over.
     """
 
     def __init__(self, **numbers):
@@ -791,12 +787,10 @@ def batch_masks(config, visual, ema, images, noise, alpha):
     """keep, valid for a local batch of uint8 images; what the masks look at is computed from the model as it is now."""
     masks, P = [], config.patch_size
     with autocast(images.device):
-        for pixels, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # as much as a forward pass
-            pixels, embeddings, attention = normalize(pixels, images.device), None, None
-            if config.mask in ("cluster", "pgs") and alpha > 0:
-                embeddings = visual.project(patchify(pixels, P))
-            if config.mask == "attentive":
-                attention = class_attention(ema, pixels, config.ema_size)
+        for pixels, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # a forward pass each
+            pixels = normalize(pixels, images.device)
+            embeddings = visual.project(patchify(pixels, P)) if config.mask in ("cluster", "pgs") else None
+            attention = class_attention(ema, pixels, config.ema_size) if config.mask == "attentive" else None
             masks.append(make_mask(config.mask, pixels, config.ratio, patch_size=P, noise=part_noise, alpha=alpha,
                                    embeddings=embeddings, attention=attention, edges=config.edges,
                                    transport=config.transport))
@@ -830,16 +824,16 @@ def backward(model, images, tokens, keep, valid, real, accum):
         last = rows is chunks[-1]
         with nullcontext() if last or ranks()[1] == 1 else model.no_sync():  # the ranks' gradients meet once, at last
             image, text, scale = features(rows)
-            # Once the temperature: its gradient is already that of the whole batch.
+            # The temperature's gradient is already that of the whole batch: it goes in once, with the last chunk.
             pairs = [(image, cached[0].grad[rows]), (text, cached[1].grad[rows])] + [(scale, cached[2].grad)] * last
             torch.autograd.backward(*zip(*pairs))
     return loss.detach()
 
 
 def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha):
-    """One update on a local batch: (loss of this rank, keep, valid). No noise, no mask.
+    """One update on a local batch: (loss of this rank, keep, valid). Without noise, nothing is masked.
 
-    Nothing waits for the device, but for a range of ratios: the lengths of its groups are decided there.
+    Nothing waits for the device, but once for a range of ratios: how many patches stay is known only there.
     """
     clip = getattr(model, "module", model)
     images, real = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, real))
@@ -883,7 +877,7 @@ def write_names(config, step, names):
 
 
 def together(work):
-    """What work() returns, once it is done on all ranks; ValueError on all if one fails, so that none is left waiting."""
+    """What work() returns, once all ranks are done with theirs; ValueError on all if one fails: none waits on."""
     result, fault = None, ""
     try:
         result = work()
@@ -900,10 +894,11 @@ def load_data(config):
     rank, _ = ranks()
     together(lambda: not config.data and rank == 0 and data.make_demo("demo"))
     shards = data.expand(config.data or ("demo/train/*.tar",))
-    cache, scans, found = os.path.join(config.out, "index.npz"), int(os.environ.get("LOCAL_RANK", 0)) == 0, None
-    for turn in (True, False):  # one rank of each machine reads the shards, then the others read what it found
-        found = together(lambda: found if scans != turn else
-                         data.build_index(shards, config.max_bad, cache, config.workers, progress=rank == 0))
+    cache, found = os.path.join(config.out, "index.npz"), None
+    reads_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for my_turn in (reads_first, not reads_first):  # one rank of each machine reads the shards, the others its cache
+        found = together(lambda: data.build_index(shards, config.max_bad, cache, config.workers, progress=rank == 0)
+                         if my_turn else found)
     index, remarks = found
     for line in remarks if rank == 0 else ():
         print("warning:", line)
@@ -944,7 +939,7 @@ def resume_state(config, global_batch):
 
 
 def open_log(path, step):
-    """The log, open for appending, cut back to the steps that the checkpoint has behind it."""
+    """The log, open for appending, cut back to the checkpoint's step: what came later will be done again."""
     lines = []
     if step and os.path.exists(path):
         with open(path, "rb") as file:
@@ -963,14 +958,18 @@ class Stop:
             signal.signal(number, self.request)
 
     def request(self, number, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to us as well: within a second they are one.
+        # A Ctrl-C comes twice, from the terminal and from torchrun: two signals within a second are one.
         if self.signal and time.monotonic() - self.time > 1:
             os._exit(128 + number)
         self.signal, self.time = number, time.monotonic()
 
 
 def build(config, state, device):
-    """Model, optimizer and the attentive mask's EMA encoder or None: new ones, or as the checkpoint `state` has them."""
+    """(clip, model, optimizer, ema): new ones, or as the checkpoint `state` has them.
+
+    model is clip itself, or clip with gradients averaged over the ranks if there are several; ema is the encoder of the
+    attentive mask, else None.
+    """
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     optimizer = make_optimizer(clip, config)
@@ -988,14 +987,12 @@ def build(config, state, device):
         # Layers of a tower share one compiled graph. Towers, last layers, lengths and evaluation make about a dozen;
         # past its limit, 8, torch would run the rest uncompiled.
         torch._dynamo.config.cache_size_limit = 32
+        torch._dynamo.config.optimize_ddp = False  # would split larger graphs, for DDP, and stumble over Pack
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
-    return clip, optimizer, ema
-
-
-def parallel(clip, device):
-    """The model, whose gradients are averaged over the ranks if there are several."""
-    return DistributedDataParallel(clip, [device] if device.type == "cuda" else None) if ranks()[1] > 1 else clip
+    # Without device_ids, with which DDP would wait for the tokens to be on the GPU.
+    model = DistributedDataParallel(clip) if ranks()[1] > 1 else clip
+    return clip, model, optimizer, ema
 
 
 def epoch_batches(config, shards, index, tokenizer, epoch, steps):
@@ -1056,9 +1053,9 @@ def train(config, device):
     tokenizer = load_tokenizer(config, shards, index, state.get("merges"))
     config.vocab_size = tokenizer.vocab_size
 
-    clip, optimizer, ema = build(config, state, device)
-    model = parallel(clip, device)
     step = state.get("step", 0)
+    clip, model, optimizer, ema = build(config, state, device)
+    state.clear()  # gigabytes that the model and the optimizer have copied
 
     def save(name):
         save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
@@ -1073,7 +1070,7 @@ def train(config, device):
         print(describe(config, clip, world_size, steps_per_epoch, total_steps), flush=True)
 
     def settle(ahead):
-        """Reads and logs all but the last `ahead` reports; True, and all, if a signal has reached any of the ranks."""
+        """Reads and logs all but the last `ahead` reports; all of them, and True, if a signal has reached any rank."""
         signalled = False
         while len(reports) > ahead:
             report, record, samples = reports.popleft()
@@ -1152,7 +1149,7 @@ def train(config, device):
 
 
 # -----------------------------------------------------------------------------
-# Bench: what a training step costs under each mask, from batches that lie in memory.
+# Bench: what a training step costs under each mask, on one made-up batch that lies in memory.
 
 # Training time relative to CLIP's, as the papers report it (Pei et al. 2025); the last is their CLIP-PGS_0.3.
 PAPERS = {("none", (0.0,)): 1.0, ("random", (0.5,)): 0.5, ("cluster", (0.5,)): 0.6, ("attentive", (0.5,)): 1.1,
@@ -1176,7 +1173,7 @@ def made_up_batch(config):
 
 
 def peak_memory(device):
-    """GiB held at most since the last call: by the tensors of a GPU, by the whole process on a CPU (Linux, else nan)."""
+    """GiB held at most since the last call: by the tensors of a GPU, else by the whole process (Linux, else nan)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -1185,7 +1182,7 @@ def peak_memory(device):
         return math.nan
     with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
         control.write("5")  # forgets the highest point (proc(5)), when the file is closed: after the next line
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read())[1]) / 2 ** 20
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20  # from kB
 
 
 def bench(config, device):
@@ -1197,8 +1194,7 @@ def bench(config, device):
     chosen = [row for row in dict.fromkeys(chosen) if config.mask in (row[0], "") or row[0] == "none"]
     rank, world_size = ranks()
     # The EMA encoder is in the memory of all rows. No learning: random pixels would drive all patches to one embedding.
-    clip, optimizer, ema = build(replace(config, mask="attentive", lr=0.0), {}, device)
-    model = parallel(clip, device)
+    clip, model, optimizer, ema = build(replace(config, mask="attentive", lr=0.0), {}, device)
     images, tokens, real = made_up_batch(config)
     global_batch = len(images) * world_size
     noise, alpha, on_gpu = step_noise(config, 0, global_batch, device), 0.5, device.type == "cuda"
@@ -1213,26 +1209,23 @@ def bench(config, device):
 
     rounds, warmup = config.steps or (20 if on_gpu else 3), 3 if on_gpu else 1
     seconds, memory, kept, flops = {row: [] for row in chosen}, {}, {}, {}
-    bar = tqdm(total=(warmup + rounds) * len(chosen), desc="bench", unit=" steps", leave=False, disable=rank > 0)
-    for number in range(-warmup, rounds):
-        for row in chosen:
-            this = replace(config, mask=row[0], ratio=row[1])
-            masked, teacher = row[0] != "none", ema if row[0] == "attentive" else None
-            peak_memory(device)
-            step_time, (loss, keep, valid) = timed(lambda: train_step(
-                this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
-            memory[row], kept[row] = peak_memory(device), float(kept_share(this, keep, valid))
-            on_device = images.to(device)
-            mask_time, _ = timed(lambda: masked and batch_masks(this, clip.visual, ema, on_device, noise, alpha))
-            if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
-                with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-                    backward(model, on_device, tokens, keep, valid, real.to(device), config.accum)
-                optimizer.zero_grad()
-                flops[row] = counter.get_total_flops()
-            if number >= 0:
-                seconds[row].append((step_time, mask_time))
-            bar.update()
-    bar.close()
+    turns = [(number, row) for number in range(-warmup, rounds) for row in chosen]
+    for number, row in tqdm(turns, "bench", unit=" steps", leave=False, disable=rank > 0):
+        this = replace(config, mask=row[0], ratio=row[1])
+        masked, teacher = row[0] != "none", ema if row[0] == "attentive" else None
+        peak_memory(device)
+        step_time, (loss, keep, valid) = timed(lambda: train_step(
+            this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
+        memory[row], kept[row] = peak_memory(device), float(kept_share(this, keep, valid))
+        on_device = images.to(device)
+        mask_time, _ = timed(lambda: masked and batch_masks(this, clip.visual, ema, on_device, noise, alpha))
+        if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
+            with (torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter,
+                  torch.compiler.set_stance("force_eager")):
+                clip(normalize(on_device, device), tokens, keep, valid)
+            flops[row] = 3 * counter.get_total_flops()  # the way back costs twice the way there
+        if number >= 0:
+            seconds[row].append((step_time, mask_time))
     if rank > 0:
         return
 
@@ -1295,6 +1288,7 @@ def main():
             return show_masks(config)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention instead: no plan to make for each length
         if world_size > 1:
             # Long enough for one rank to read the index of a large data set while the others wait.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
@@ -1303,13 +1297,15 @@ def main():
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before there is a step to finish
         sys.exit("interrupted before training began")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; half the --batch-size and twice the --accum make the same update with less")
     except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton
         sys.exit(f"error: --compile: {str(error).splitlines()[0]}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if world_size > 1:
-        # DDP leaks the process group, and a thread of gloo that lets go of a tensor while Python ends aborts the process.
+        # DDP leaks its process group, and gloo's threads abort the process if they let go of a tensor as Python ends.
         sys.stdout.flush()
         os._exit(0)
 

@@ -27,7 +27,6 @@ import sys
 import tarfile
 import time
 import unicodedata
-import zipfile
 import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -115,8 +114,8 @@ def tar_members(path):
     offset, long_name, page, at, end = 0, None, b"", 0, -1  # end: of the last header within the page
     with open(path, "rb", buffering=0) as file:
         while offset + 512 <= total:
-            # A data set has tens of millions of headers, and to read them one by one costs most of the time. Those of
-            # a caption and of the next image nearly always share a page; small files follow each other in few.
+            # A data set has tens of millions of headers; reading each by itself would take most of the time. A page
+            # nearly always holds a caption's header and the next image's; where headers are close, read more of it.
             if offset > end:
                 page, at = os.pread(file.fileno(), 65536 if offset < end + 4096 else 4096, offset), offset
                 end = at + len(page) - 512
@@ -127,13 +126,10 @@ def tar_members(path):
                 if not any(page[offset - at:offset - at + 512]):
                     return
                 raise ValueError(f"{path}: not a tar (no header at byte {offset})")
-            if size[0] == 0x80:  # base 256, for files of 8 GiB and more
-                size = int.from_bytes(size[1:], "big")
-            else:
-                digits = size.strip(b" \0")
-                if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends us in circles
-                    raise ValueError(f"{path}: not a tar (a header without a size)")
-                size = int(digits or b"0", 8)
+            digits = size.strip(b" \0")
+            if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends us in circles
+                raise ValueError(f"{path}: not a tar (a header without a size, or with one of 8 GiB and more)")
+            size = int(digits or b"0", 8)
             start, offset = offset + 512, offset + 512 + (size + 511) // 512 * 512
             if start + size > total:
                 break
@@ -202,19 +198,19 @@ def ignore_signals(worker):
 
 
 def start_scanner(worker):
-    """For the processes that scan. Python looks for cycles among objects that have none a quarter of the time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C, the main process alone tells
-    gc.disable()
+    """For the processes that scan."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process alone answers a Ctrl-C
+    gc.disable()  # would take a quarter of their time and find nothing
 
 
 def scan(shards, workers=0, progress=False):
     """(N,) array of INDEX rows, Counter of what is missing, list of faults: those of all shards, in their order.
 
-    OSError if a shard cannot be read: no fault of its own, and it may be gone at the next start.
+    OSError if a shard cannot be read: the disk's fault, not the shard's, and not to be remembered.
     """
     parts, incomplete, faults = [np.empty(0, INDEX)], Counter(), []
     scans = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=index_shard,
-                                        worker_init_fn=start_scanner)  # no tensors, but a map over processes
+                                        worker_init_fn=start_scanner)  # a parallel map, without tensors
     bar = tqdm(scans, "reading shard indexes", leave=False, disable=not progress or None)
     for number, (rows, missing, fault) in enumerate(bar):
         if isinstance(fault, OSError):
@@ -228,14 +224,14 @@ def scan(shards, workers=0, progress=False):
 
 def cached_scan(shards, cache, workers, progress):
     """What `scan` returns, from the file `cache` if these very shards were scanned before; else it is made."""
-    stats = map(os.stat, shards)  # ctime: changes with the content, and when someone who could not read now may
+    stats = map(os.stat, shards)  # ctime changes with the content and with the permissions
     stamp = json.dumps([(path, stat.st_size, stat.st_ctime_ns) for path, stat in zip(shards, stats)])
     try:
         with np.load(cache) as stored:
             if stored["stamp"] == stamp:
                 return stored["index"], *json.loads(stored["found"].item())
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
-        pass  # not there yet, or damaged: it is only a copy
+    except Exception:  # not there yet, or damaged: it is only a copy
+        pass
     index, *found = scan(shards, workers, progress)
     with appearing(cache, f".{secrets.token_hex(4)}.part") as file:  # each machine of a run writes one
         np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
@@ -335,8 +331,8 @@ def random_resized_crop(image, size, scale, rng):
     box = np.array([left, top, left + w, top + h])
 
     # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture of
-    # a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or less: on
-    # photographs, what remains of the difference is as small as after saving the JPEG once more at quality 90.
+    # a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or less; on
+    # photographs, the error that is left is that of saving the JPEG once more at quality 90.
     enough = 1.5 * size / min(w, h)
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(height * enough))):
         box = (box / round(width / image.width)).round().astype(int)
@@ -381,7 +377,7 @@ def learn_merges(captions, num_merges):
     merge costs only the words it changes.
     """
     counts = Counter(word for caption in captions for word in split_words(caption))
-    words = [([*word[:-1], word[-1] + "</w>"], count) for word, count in sorted(counts.items())]
+    words = [([*word[:-1], word[-1] + "</w>"], count) for word, count in counts.items()]
     pair_count, holders = Counter(), defaultdict(set)
     for number, (symbols, count) in enumerate(words):
         for pair in itertools.pairwise(symbols):
@@ -411,7 +407,7 @@ def learn_merges(captions, num_merges):
                 if joined in new:  # the other pairs are as they were
                     holders[new].add(number)
                     grown.add(new)
-        for new in sorted(grown):
+        for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
 
@@ -436,7 +432,6 @@ class Tokenizer:
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
         self.start, self.end = len(symbols), len(symbols) + 1
         self.vocab_size = len(symbols) + 2
-        self._cache = {}
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -452,21 +447,18 @@ class Tokenizer:
             raise ValueError(f"--vocab {path}: {error}; expected CLIP's bpe_simple_vocab_16e6.txt.gz") from None
         return cls("\n".join(merges), context_length)
 
+    @lru_cache(200_000)  # web captions never stop bringing new words
     def _word(self, word):
-        if word not in self._cache:
-            symbols = [*word[:-1], word[-1] + "</w>"]
-            while len(symbols) > 1:
-                best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
-                if best not in self.rank:
-                    break
-                symbols = _merge(symbols, best)
-            if len(self._cache) > 200_000:  # web captions never stop bringing new words
-                self._cache.clear()
-            self._cache[word] = [self.ids[symbol] for symbol in symbols]
-        return self._cache[word]
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            symbols = _merge(symbols, best)
+        return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, captions):
-        """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut; <end> always stands last."""
+        """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut before its <end>."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
             ids = [number for word in split_words(caption) for number in self._word(word)]
@@ -481,9 +473,10 @@ class Tokenizer:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, valid (B,) bool, lost: list of causes.
+    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, real (B,) bool, lost.
 
-    order: (steps, B) sample numbers. A sample that does not decode leaves a black image that is not `valid`.
+    order: (steps, B) sample numbers. A sample that does not decode leaves a black image that is not `real`, and its
+    (row, cause) in the list `lost`.
     """
 
     def __init__(self, shards, index, order, tokenizer, image_size, scale, seed):
@@ -506,9 +499,9 @@ class Batches(torch.utils.data.Dataset):
                     images[i] = random_resized_crop(open_image(raw), size, self.scale, rng)
             except (ValueError, OSError) as error:
                 lost.append((i, str(error)))
-        valid = torch.ones(len(samples), dtype=torch.bool)
-        valid[[i for i, _ in lost]] = False
-        return images, self.tokenizer.encode(captions), valid, lost
+        real = torch.ones(len(samples), dtype=torch.bool)
+        real[[i for i, _ in lost]] = False
+        return images, self.tokenizer.encode(captions), real, lost
 
 
 def sample_names(shards, index, samples):
@@ -762,7 +755,7 @@ def demo_sample(split, index):
 
 
 def make_demo(folder):
-    """Draws the demo data set into `folder`, in DESIGN's layout; does nothing if it is already there."""
+    """Draws the demo data: train/ as shards, the rest as evaluation folders. Does nothing if they are there already."""
     if os.path.isdir(folder):
         return
     part = folder + ".part"

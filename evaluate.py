@@ -22,7 +22,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -46,7 +45,7 @@ def load(path, vocab="", quick_gelu=False):
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
     state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()
              if isinstance(tensor, torch.Tensor)}
-    # OpenAI's archives list these three among their tensors; nobody else does, and they need QuickGELU.
+    # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
     openai = [state.pop(name, None) is not None for name in ("input_resolution", "context_length", "vocab_size")]
 
     config = read_config(path, checkpoint["config"]) if ours else infer_config(path, state)
@@ -68,7 +67,8 @@ def load(path, vocab="", quick_gelu=False):
 def read_checkpoint(path):
     """The dict inside a checkpoint file. OpenAI's are archives of TorchScript, which has its own way to load."""
     try:
-        if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in names):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except (RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: a damaged archive ({str(error).splitlines()[0]:.120})") from None
@@ -77,9 +77,8 @@ def read_checkpoint(path):
 
 def read_config(path, values):
     """The Config that a checkpoint made here was trained with."""
-    try:  # lists were tuples once; torch.load keeps them plain
-        config = clip_pgs.Config(**{name: tuple(value) if isinstance(value, list) else value
-                                    for name, value in values.items()})
+    try:
+        config = clip_pgs.Config(**values)
         clip_pgs.check(config)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: its config does not fit this version of clip_pgs.py ({error})") from None
@@ -225,7 +224,7 @@ def read_split(folder, split, extension):
 def read_image(sample):
     """The RGB image of a sample. ValueError that says which one does not decode, and why."""
     try:
-        with open(sample.path, "rb") as file:
+        with open(sample.path, "rb") as file:  # not data.read_bytes, whose files another thread might close
             file.seek(sample.offset)
             return data.decode_image(file.read(sample.size)).convert("RGB")  # before the resize, as CLIP_benchmark
     except (ValueError, OSError) as error:
@@ -277,14 +276,13 @@ def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
 
 
 def gather(features, total, model, world_size):
-    """Unit features (total, D), in the order of the samples, of the batches of each rank."""
+    """Joins what each rank has encoded: unit features (total, D) in the order of the samples."""
     features = torch.cat([model.text_projection.new_zeros(0, model.text_projection.shape[1]), *features]).float()
     if world_size > 1:
         most = math.ceil(total / world_size)  # the last ranks may have one sample less: a zero stands for it
         features = F.pad(features, (0, 0, 0, most - len(features)))
-        ranks = [torch.empty_like(features) for _ in range(world_size)]
-        dist.all_gather(ranks, features)
-        features = torch.stack(ranks, dim=1).flatten(0, 1)[:total]   # row i * world_size + rank
+        features = clip_pgs.Gather.apply(features).view(world_size, most, -1)
+        features = features.transpose(0, 1).flatten(0, 1)[:total]    # row i * world_size + rank
     if not features.isfinite().all():
         raise ValueError("the features are not finite numbers: the training has diverged")
     return F.normalize(features, dim=-1)
@@ -332,8 +330,8 @@ def nearest(queries, gallery, k=10):
 def retrieval_metrics(image_features, text_features, image_of_text):
     """Recall at 1, 5, 10 in both directions; image_of_text (T,) is the image that each caption belongs to.
 
-    A query counts as answered if one right answer is among its k nearest (so it is in CLIP's papers, not the share
-    of the right answers that was found).
+    A query counts as answered if one right answer is among its k nearest, as in CLIP's papers; it is not the share of
+    the right answers that was found.
     """
     images = image_of_text[:, None] == nearest(text_features, image_features)                         # (T, 10)
     texts = image_of_text[nearest(image_features, text_features)]                                     # (I, 10)
@@ -345,7 +343,7 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
 
-STRENGTHS = [10.0 ** power for power in range(-1, 7)]  # C; unit features need large weights
+CANDIDATES = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
 PROBE_ROWS = 65536  # rows of logits in memory at a time; the gradient is that of all rows
 
 
@@ -381,21 +379,21 @@ def probe_accuracy(weights, features, labels):
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
     """(test accuracy, C, held-out accuracy): C is chosen on a held-out tenth of the training set, then refit on all.
 
-    Each fit starts from the last, weaker one. The features' mean is subtracted first: the free bias makes up for
-    it, so the solution is the same, but L-BFGS needs a fraction of the steps.
+    Each fit starts from the one before, which was regularised more. The features' mean is subtracted first: the free
+    bias makes up for it, so the solution is the same, but L-BFGS needs a fraction of the steps.
     """
     center = train_features.double().mean(0)
     train_features, test_features = train_features.double() - center, test_features.double() - center
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0)).to(train_labels.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
 
-    weights, trials = None, []
-    for C in STRENGTHS:
+    weights, accuracy = None, {}
+    for C in CANDIDATES:
         weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
-        trials.append((probe_accuracy(weights, train_features[held_out], train_labels[held_out]), -C))
-    held_out_accuracy, C = max(trials)  # of equals, the strongest regularisation
-    weights = fit_logistic(train_features, train_labels, num_classes, -C)
-    return probe_accuracy(weights, test_features, test_labels), -C, held_out_accuracy
+        accuracy[C] = probe_accuracy(weights, train_features[held_out], train_labels[held_out])
+    C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
+    weights = fit_logistic(train_features, train_labels, num_classes, C)
+    return probe_accuracy(weights, test_features, test_labels), C, accuracy[C]
 
 
 # -----------------------------------------------------------------------------
@@ -435,7 +433,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         known_labels = torch.tensor(train.targets, device=device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, known_labels, images, labels, len(this.classnames))
         print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best of "
-              f"{len(STRENGTHS)} on a held-out tenth ({held_out:.1%} right), then refit on all")
+              f"{len(CANDIDATES)} on a held-out tenth ({held_out:.1%} right), then refit on all")
     return metrics
 
 
@@ -451,8 +449,8 @@ def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
 
     folder: of the json files; images: COCO's val2017. Many questions are about one image: it is encoded once.
     """
-    files = {f"{kind}_{part}": None for kind, parts in SUGARCREPE.items() for part in parts}
-    files = {name: read_questions(os.path.join(folder, f"{name}.json")) for name in files}
+    files = {f"{kind}_{part}": read_questions(os.path.join(folder, f"{kind}_{part}.json"))
+             for kind, parts in SUGARCREPE.items() for part in parts}
     pictures = sorted({picture for questions in files.values() for picture, _, _ in questions})
     samples = [Sample(os.path.join(images, picture), 0, -1, picture) for picture in pictures]
     features = embed_images(model, samples, config, workers=workers, name="sugar_crepe")

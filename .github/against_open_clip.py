@@ -59,7 +59,7 @@ def their_step(patch_dropout, images, tokens):
 def our_step(mask, pixels, tokens):
     """The same with this project's training step, mask included."""
     config = clip_pgs.Config(mask=mask, batch_size=BATCH)
-    clip, optimizer, ema = clip_pgs.build(config, {}, torch.device("cpu"))
+    clip, _, optimizer, ema = clip_pgs.build(config, {}, torch.device("cpu"))
     noise = None if mask == "none" else torch.rand(BATCH, 197)
     real = torch.ones(BATCH, dtype=torch.bool)
     return lambda: clip_pgs.train_step(config, clip, optimizer, ema, pixels, tokens, real, noise, 0.5)
