@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import nullcontext
@@ -1282,6 +1283,7 @@ def main():
     config = parse(sys.argv[1:])
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    fault = None
     try:
         check(config)
         if config.show_masks:
@@ -1293,21 +1295,27 @@ def main():
             # Long enough for one rank to read the index of a large data set while the others wait.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         (bench if config.bench else train)(config, device)
+    except SystemExit as stop:  # a signal has ended the training
+        fault = stop.code
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fault = data.message(error)
     except KeyboardInterrupt:  # before there is a step to finish
-        sys.exit("interrupted before training began")
+        fault = "interrupted before training began"
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; half the --batch-size and twice the --accum make the same update with less")
+        fault = "error: out of GPU memory; half the --batch-size and twice the --accum make the same update with less"
     except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton
-        sys.exit(f"error: --compile: {str(error).splitlines()[0]}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        fault = f"error: --compile: {str(error).splitlines()[0]}"
+    except Exception:  # a bug
+        fault = traceback.format_exc()
     if world_size > 1:
-        # DDP leaks its process group, and gloo's threads abort the process if they let go of a tensor as Python ends.
+        # Without Python's orderly end. There NCCL may wait for a rank that waits for us, and gloo's threads abort the
+        # process if they let go of a tensor then: DDP leaks the process group, so destroying it stops neither.
+        if isinstance(fault, str):
+            sys.stderr.write(f"{fault}\n")
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(1 if fault else 0)
+    if fault:
+        sys.exit(fault)
 
 
 if __name__ == "__main__":

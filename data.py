@@ -817,6 +817,12 @@ def bench(shards, image_size, limit=512, passes=3):
         print(f"| {stage} | {1 / middle:.0f} | {1000 * middle:.3f} |")
 
 
+def message(error):
+    """The line that a user gets to see of an error: of the system's, the file and the cause."""
+    named = getattr(error, "filename", None)
+    return f"error: {named}: {error.strerror}" if named else f"error: {error}"
+
+
 def main():
     """The commands `pack`, `demo` and `bench`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -846,8 +852,7 @@ def main():
             samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError) as error:
-        named = getattr(error, "filename", None)
-        sys.exit(f"error: {named}: {error.strerror}" if named else f"error: {error}")
+        sys.exit(message(error))
 
 
 if __name__ == "__main__":

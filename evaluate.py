@@ -587,8 +587,7 @@ def main():
     try:
         run(parser.parse_args())
     except (ValueError, OSError) as error:
-        named = getattr(error, "filename", None)
-        sys.exit(f"error: {named}: {error.strerror}" if named else f"error: {error}")
+        sys.exit(data.message(error))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -1205,6 +1206,15 @@ def test_a_terminated_run_finishes_its_step_writes_a_checkpoint_and_says_how_to_
     assert errors.rstrip().endswith(f"stopped after step {steps} of 50; go on with the same command and --resume")
     assert clip_pgs.load_checkpoint(str(long_run / "stopped" / "ckpt.pt"))["step"] == steps < 50
     assert without_speed(resumed(long_run, "stopped")) == without_speed(read_log(long_run / "whole"))
+
+
+def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(long_run):
+    most = 100_000  # bytes in a file: too few for the checkpoint that rank 0 writes after step 3, while rank 1 goes on
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          "clip_pgs.py", *options(long_run, "--model", "demo", *LONG, "--out", long_run / "full")],
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)), timeout=60,
+                         cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 1 and f"error: {long_run}/full/ckpt.pt: " in run.stderr
 
 
 def bad_input(folder):
