@@ -729,7 +729,8 @@ def one_step(config):
     noise = clip_pgs.step_noise(config, 3, 8, CPU)
     keep, valid = clip_pgs.batch_masks(config, clip.visual, clip.visual, images, noise, 0.5)
     loss = clip_pgs.backward(model, images, tokens, keep, valid, real, config.accum)
-    return torch.cat([torch.tensor([clip_pgs.Report(loss=loss).read()["loss"]]), *(p.grad.flatten() for p in clip.parameters())])
+    mean = torch.tensor([clip_pgs.Report(loss=loss).read()["loss"]])
+    return torch.cat([mean, *(p.grad.flatten() for p in clip.parameters())])
 
 
 RANGE = tiny(mask="pgs", ratio=(0.25, 0.75))
@@ -798,8 +799,8 @@ def test_a_run_of_one_rank_goes_on_with_two(two_ranks):
 
 @each_mask
 def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
-    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())  # does not know the meta device, where
-    with torch.device("meta"):                                                   # nothing has a value that could be read
+    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())  # which the meta device does not know
+    with torch.device("meta"):  # where no tensor has a value: to read one is an error
         clip, noise = CLIP(tiny()), torch.empty(4, 17)
     images, real = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
     optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
