@@ -883,7 +883,7 @@ def together(work):
     try:
         result = work()
     except (ValueError, OSError) as error:
-        fault = str(error)
+        fault = data.message(error)
     faults = list(filter(None, gather_objects(fault)))
     if faults:
         raise ValueError(faults[0])
@@ -1056,7 +1056,7 @@ def train(config, device):
 
     step = state.get("step", 0)
     clip, model, optimizer, ema = build(config, state, device)
-    state.clear()  # gigabytes that the model and the optimizer have copied
+    state.clear()  # gigabytes that the model and the optimizer hold themselves by now
 
     def save(name):
         save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
@@ -1298,7 +1298,7 @@ def main():
     except SystemExit as stop:  # a signal has ended the training
         fault = stop.code
     except (ValueError, OSError) as error:
-        fault = data.message(error)
+        fault = f"error: {data.message(error)}"
     except KeyboardInterrupt:  # before there is a step to finish
         fault = "interrupted before training began"
     except torch.OutOfMemoryError:

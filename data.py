@@ -115,7 +115,7 @@ def tar_members(path):
     with open(path, "rb", buffering=0) as file:
         while offset + 512 <= total:
             # A data set has tens of millions of headers; reading each by itself would take most of the time. A page
-            # nearly always holds a caption's header and the next image's; where headers are close, read more of it.
+            # nearly always holds a caption's header and the next image's; where headers are close, several are read.
             if offset > end:
                 page, at = os.pread(file.fileno(), 65536 if offset < end + 4096 else 4096, offset), offset
                 end = at + len(page) - 512
@@ -820,7 +820,7 @@ def bench(shards, image_size, limit=512, passes=3):
 def message(error):
     """The line that a user gets to see of an error: of the system's, the file and the cause."""
     named = getattr(error, "filename", None)
-    return f"error: {named}: {error.strerror}" if named else f"error: {error}"
+    return f"{named}: {error.strerror}" if named else str(error)
 
 
 def main():
@@ -852,7 +852,7 @@ def main():
             samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError) as error:
-        sys.exit(message(error))
+        sys.exit(f"error: {message(error)}")
 
 
 if __name__ == "__main__":

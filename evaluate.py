@@ -343,7 +343,7 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
 
-CANDIDATES = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
+TRIED_C = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
 PROBE_ROWS = 65536  # rows of logits in memory at a time; the gradient is that of all rows
 
 
@@ -388,7 +388,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
 
     weights, accuracy = None, {}
-    for C in CANDIDATES:
+    for C in TRIED_C:
         weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
         accuracy[C] = probe_accuracy(weights, train_features[held_out], train_labels[held_out])
     C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
@@ -433,7 +433,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         known_labels = torch.tensor(train.targets, device=device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, known_labels, images, labels, len(this.classnames))
         print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best of "
-              f"{len(CANDIDATES)} on a held-out tenth ({held_out:.1%} right), then refit on all")
+              f"{len(TRIED_C)} on a held-out tenth ({held_out:.1%} right), then refit on all")
     return metrics
 
 
@@ -587,7 +587,7 @@ def main():
     try:
         run(parser.parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(data.message(error))
+        sys.exit(f"error: {data.message(error)}")
 
 
 if __name__ == "__main__":
