@@ -72,6 +72,8 @@ class Config:
     ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image picks its own in between")
     edges: bool = knob(True, "pgs: propose patches without edges; off: any (the paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by optimal transport (the paper's ablation)")
+    embeddings: bool = knob(True, "cluster, pgs: compare the patches' embeddings too, more and more as training goes "
+                                  "on; off: pixels alone (E-CLIP's first variant)")
     ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112; 0: that of the image (A-CLIP)")
     unmasked_epochs: float = knob(0.0, "train the last so many epochs on whole images (FLIP's unmasked tuning)")
     # optimization
@@ -140,6 +142,7 @@ def check(config):
 MASKS = ("none", "random", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
+EPS = 0.05         # of optimal transport: the smaller, the more a patch's mass stays with its nearest twins (ours)
 
 
 def check_mask(name, ratio):
@@ -165,7 +168,7 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """Cosine similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
 
     Pixels of a patch are first brought to zero mean and unit variance (E-CLIP: contrast must not matter). With
-    `embeddings` (B, L, D), the patch projections, it is (1 - alpha) * pixels + alpha * embeddings.
+    `embeddings` (B, L, D) the result is (1 - alpha) * cos(pixels) + alpha * cos(embeddings).
     """
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself takes care of the variance
@@ -202,21 +205,31 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 
-def sinkhorn(similarity, eps=0.05, iterations=20):
-    """The doubly stochastic matrix nearest (in KL) to exp(similarity / eps): (B, L, L) -> (B, L, L), float32.
+def balance(similarity, eps=EPS, iterations=20):
+    """Similarity (B, L, L), symmetric, in [-1, 1] -> balanced similarity S' = 1 + eps * log T, same shape, float32.
 
-    Optimal transport with uniform marginals, rows and columns sum to 1 (Cuturi 2013). The answer is
-    diag(u) K diag(v) with u = 1 / (K v) and v = 1 / (K^T u). Where K is symmetric, so is the answer, and it is
-    unique: u = v up to a factor. One vector u with u * (K u) = 1 is left to find. The plain step u <- 1 / (K u)
-    swings between two answers; its geometric mean with u converges. K of cosines is positive semi-definite, so near the
-    answer every step at least halves the error.
+    T is the doubly stochastic matrix of `sinkhorn`: ranking a row by S' is ranking it by T. The answer is
+    T = diag(u) K diag(u) with K = exp((S - 1) / eps), so S' = S + eps * (log u_i + log u_j), on the scale of S. One
+    vector u with u * (K u) = 1 is left to find. Repeating u <- 1 / (K u) alternates between two vectors. The geometric
+    mean of u and 1 / (K u) converges: K of cosines is positive semi-definite, so near the answer each step at least
+    halves the error.
     """
     with torch.autocast(similarity.device.type, enabled=False):
-        kernel = ((similarity.float() - 1) / eps).exp()   # at most 1; dividing by exp(1 / eps) only rescales u
+        similarity = similarity.float()
+        kernel = ((similarity - 1) / eps).exp()           # (B, L, L) from exp(-2 / eps) to 1: no overflow, no zero
         u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
         for _ in range(iterations):
             u = (u / (kernel @ u)).sqrt()
-        return u * kernel * u.transpose(-1, -2)
+        return similarity + eps * (u.log() + u.log().transpose(-1, -2))
+
+
+def sinkhorn(similarity, eps=EPS, iterations=20):
+    """The doubly stochastic matrix T nearest (in KL) to exp(similarity / eps): (B, L, L) -> (B, L, L), float32.
+
+    Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many twins
+    shares its unit of mass with all of them; a patch that is like no other keeps it.
+    """
+    return ((balance(similarity, eps, iterations) - 1) / eps).exp()
 
 
 def removal_range(ratio, L):
@@ -235,7 +248,8 @@ def remove(score, ratio, noise, count=None):
     low, high = removal_range(ratio, L)
     if count is None:
         count = (score > 0.5).sum(1).clamp(low, high)                # (B,)
-    rank = (score + 1e-5 * noise).argsort(1, descending=True).argsort(1)      # (B, L) 0 for the first to go
+    # float64: equal scores must stay apart by their noise.
+    rank = (score.double() + 1e-5 * noise).argsort(1, descending=True).argsort(1)      # (B, L) 0 for the first to go
     # K is static, the most that any image may keep: asking for the true maximum would make the CPU wait for the GPU.
     removed = (rank < count[:, None]).byte()
     keep = removed.argsort(dim=1, stable=True)[:, :L - low]          # (B, K) kept before removed, each in order
@@ -252,18 +266,30 @@ def cluster_score(similarity, noise):
 
 
 def pgs_candidates(edges, noise):
-    """(B, C) indices: a few patches to propose for removal, the lowest `noise + edges` (CLIP-PGS, generation).
+    """(B, C) indices: a few patches to propose for removal, the highest `noise - edges` (CLIP-PGS, generation).
 
-    Flat regions are proposed, outlines rarely, and not the same ones every time.
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and not the
+    same ones every time.
     """
-    return (noise + edges).topk(max(1, round(CANDIDATES * noise.shape[1])), largest=False).indices
+    return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
 
 def pgs_score(similarity, candidates, transport=True):
-    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection)."""
+    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
+
+    similarity (B, L, L), candidates (B, C). Without balance, one large flat area takes most of the patches to remove.
+    """
     if transport:
-        similarity = similarity + sinkhorn(similarity)
+        similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
+
+
+def block_mean(x, rows, columns):
+    """(B, L) -> (B, L): each patch gets the mean of its block of 2x2 patches; x itself if a side of the grid is odd."""
+    if rows % 2 or columns % 2:
+        return x
+    blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)                     # (B, 1, rows / 2, columns / 2)
+    return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 
 @torch.no_grad()
@@ -274,8 +300,8 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
     name: one of MASKS. ratio: the share of patches REMOVED, (r,) exactly or (low, high) with the number chosen per
     image; then K is the most an image may keep, real slots come first and `valid` tells them. Randomness comes from
     `noise` (B, L + 1) uniform in [0, 1), or else from `generator`. cluster and pgs compare pixels, and patch
-    `embeddings` (B, L, D) by the share `alpha`. attentive needs `attention` (B, L), see `class_attention`. pgs can
-    do without `edges` or `transport`, the paper's ablation.
+    `embeddings` (B, L, D) by the share `alpha`, see `VisionTransformer.patch_tokens`. attentive needs `attention`
+    (B, L), see `class_attention`. pgs can do without `edges` or `transport`, the paper's ablation.
     An image's mask does not depend on the other images of its batch. ValueError for an unknown name or a bad ratio.
     """
     check_mask(name, ratio)
@@ -294,16 +320,17 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
-            # Above 0.5 where a patch gets less than its even share of the class token's attention.
-            score = 1 / (1 + attention / attention.mean(1, keepdim=True))
-            return remove(score, ratio, noise)
+            # The patches of a block share their score and their noise, so they go one after the other. The score is
+            # above 0.5 where a block gets less than its even share of the class token's attention.
+            grid = H // patch_size, W // patch_size
+            score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
+            return remove(score, ratio, block_mean(noise, *grid))
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         if name == "cluster":
             return remove(cluster_score(similarity, noise), ratio, noise)
         strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
         candidates = pgs_candidates(strength, noise)
-        # 1 - noise: among equal scores the candidates, where noise was low, are the first to go.
-        return remove(pgs_score(similarity, candidates, transport), ratio, 1 - noise)
+        return remove(pgs_score(similarity, candidates, transport), ratio, noise)
 
 
 # -----------------------------------------------------------------------------
@@ -426,12 +453,8 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
 
-    def project(self, patches):
-        """Patch projections (B, K, D) of patches (B, K, 3*P*P): conv1, but for any subset of its positions."""
-        return F.linear(patches, self.conv1.weight.flatten(1))
-
-    def embed(self, images, keep=None):
-        """The tokens of the class and of the patches `keep` (B, K), positions added: (B, 1 + K, D)."""
+    def patch_tokens(self, images, keep=None):
+        """Projections of the patches `keep` (B, K), or of all, plus their positional embeddings: (B, K, D)."""
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]  # both (B, K, ...)
@@ -439,7 +462,11 @@ class VisionTransformer(nn.Module):
             side, wanted = math.isqrt(len(position)), images.shape[-1] // self.patch_size
             position = position.T.view(1, -1, side, side)
             position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
-        x = self.project(patches) + position
+        return F.linear(patches, self.conv1.weight.flatten(1)) + position   # conv1, at any subset of its positions
+
+    def embed(self, images, keep=None):
+        """What enters the first layer: the class token, then those of the patches `keep` (B, K): (B, 1 + K, D)."""
+        x = self.patch_tokens(images, keep)
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
@@ -653,28 +680,15 @@ def load_checkpoint(path):
 # Pictures of masks.
 
 
-def normalize(images, device):
-    """(B, 3, H, W) uint8 -> float on the device, with CLIP's mean and std. A quarter of the bytes travel this way."""
-    images = images.to(device, non_blocking=True).float()
-    mean, std = (255 * torch.tensor(x).view(3, 1, 1).to(device, non_blocking=True) for x in (data.MEAN, data.STD))
-    return (images - mean) / std
-
-
-def denormalize(images):
-    """(B, 3, H, W) as for the model -> (B, H, W, 3) uint8."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (data.MEAN, data.STD))
-    return ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 def masked_pictures(images, keep, valid, patch_size):
     """What the encoder sees of the first images of a batch: (B, H, W, 3) uint8 with the removed patches grey."""
     if keep is None:
-        return denormalize(images)
+        return data.denormalize(images)
     (B, _, H, W), P = images.shape, patch_size
     seen = torch.zeros(B, H // P * (W // P), dtype=torch.bool, device=keep.device)
     seen.scatter_(1, keep[:B], True if valid is None else valid[:B])
     seen = seen.view(B, H // P, W // P, 1).repeat_interleave(P, 1).repeat_interleave(P, 2)  # (B, H, W, 1)
-    return np.where(seen.cpu().numpy(), denormalize(images), np.uint8(128))
+    return np.where(seen.cpu().numpy(), data.denormalize(images), np.uint8(128))
 
 
 def save_grid(path, grid, titles=(), tile=192):
@@ -699,7 +713,7 @@ def open_photo(path, size):
     except (OSError, ValueError) as error:
         raise ValueError(f"--show-masks {path}: {getattr(error, 'strerror', None) or error}") from None
     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], torch.device("cpu"))
+    return data.normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
 
 
 def show_masks(config):
@@ -719,7 +733,7 @@ def show_masks(config):
         images = open_photo(path, config.image_size)
         attention = class_attention(visual, images, config.ema_size)
         edges = sobel_edges(images, P).view(2 * [config.image_size // P]).kron(torch.ones(P, P))     # (H, W)
-        row = [denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
+        row = [data.denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
         for name in MASKS[1:]:
             keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
                                     edges=config.edges, transport=config.transport)
@@ -789,8 +803,9 @@ def batch_masks(config, visual, ema, images, noise, alpha):
     masks, P = [], config.patch_size
     with autocast(images.device):
         for pixels, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # a forward pass each
-            pixels = normalize(pixels, images.device)
-            embeddings = visual.project(patchify(pixels, P)) if config.mask in ("cluster", "pgs") else None
+            pixels = data.normalize(pixels)
+            mixed = config.embeddings and config.mask in ("cluster", "pgs")
+            embeddings = visual.patch_tokens(pixels) if mixed else None
             attention = class_attention(ema, pixels, config.ema_size) if config.mask == "attentive" else None
             masks.append(make_mask(config.mask, pixels, config.ratio, patch_size=P, noise=part_noise, alpha=alpha,
                                    embeddings=embeddings, attention=attention, edges=config.edges,
@@ -807,7 +822,7 @@ def backward(model, images, tokens, keep, valid, real, accum):
     """
     def features(rows):
         with autocast(images.device):
-            image, text, scale = model(normalize(images[rows], images.device), tokens[rows],
+            image, text, scale = model(data.normalize(images[rows]), tokens[rows],
                                        None if keep is None else keep[rows], None if valid is None else valid[rows])
         return image.float(), text.float(), scale
 
@@ -1115,9 +1130,9 @@ def train(config, device):
             reports.append((report, record, samples[batch]))
             lost += [(int(index["shard"][samples[batch][i]]), cause) for i, cause in bad]
             if rank == 0 and batch == first and (keep is not None or config.mask == "none"):
-                shown = normalize(images[:8], device)
+                shown = data.normalize(images[:8].to(device))
                 save_grid(os.path.join(config.out, "masks.png"),
-                          [denormalize(shown), masked_pictures(shown, keep, valid, config.patch_size)])
+                          [data.denormalize(shown), masked_pictures(shown, keep, valid, config.patch_size)])
             save_now, ended = step % config.save_every == 0, batch + 1 == last
             stopping = settle(ahead=0 if save_now or ended else 1)
             if rank == 0 and (save_now or stopping) and not ended:
@@ -1223,7 +1238,7 @@ def bench(config, device):
         if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
             with (torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter,
                   torch.compiler.set_stance("force_eager")):
-                clip(normalize(on_device, device), tokens, keep, valid)
+                clip(data.normalize(on_device), tokens, keep, valid)
             flops[row] = 3 * counter.get_total_flops()  # the way back costs twice the way there
         if number >= 0:
             seconds[row].append((step_time, mask_time))

@@ -343,6 +343,22 @@ def random_resized_crop(image, size, scale, rng):
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
+def normalize(images):
+    """(..., 3, H, W) uint8 -> float32 on the same device, with the mean and deviation of CLIP's training pixels.
+
+    The operations and their order are open_clip's, so that the result is equal to the last bit.
+    """
+    # non_blocking: the CPU does not wait until the six numbers have arrived on a GPU.
+    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def denormalize(images):
+    """(B, 3, H, W) float, as for the model -> (B, H, W, 3) uint8 NumPy array, as for pictures."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    return ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 # -----------------------------------------------------------------------------
 # Tokenizer: byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP. A word is its bytes, the last one marked
 # with </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.

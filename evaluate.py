@@ -137,18 +137,9 @@ def resize_and_crop(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalize(images):
-    """(..., 3, H, W) uint8 -> float, with the mean and deviation of CLIP's training pixels.
-
-    clip_pgs.normalize folds the division by 255 into the constants, which differs from open_clip in the last bit.
-    """
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (data.MEAN, data.STD))
-    return (images.float() / 255 - mean) / std
-
-
 def preprocess(image, size):
     """What the encoder sees of a PIL image: (3, size, size) float."""
-    return normalize(resize_and_crop(image, size))
+    return data.normalize(resize_and_crop(image, size))
 
 
 # -----------------------------------------------------------------------------
@@ -261,7 +252,7 @@ def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name="
     device, features = model.logit_scale.device, []
     with tqdm(total=len(samples), desc=name, unit=" images", leave=False, disable=rank > 0) as bar:
         for images in image_batches(samples[rank::world_size], config.image_size, workers):
-            features.append(model.encode_image(normalize(images.to(device))))
+            features.append(model.encode_image(data.normalize(images.to(device))))
             bar.update(min(len(images) * world_size, bar.total - bar.n))
     return gather(features, len(samples), model, world_size)
 

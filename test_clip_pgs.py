@@ -100,6 +100,25 @@ def two_colours(size=16, split=6):
     return image
 
 
+def scene(seed, size=224):
+    """A sky that fades, a meadow with grain, a house and a ball with inner detail: as smooth and rough as photographs."""
+    rng, y = np.random.default_rng(seed), np.linspace(0, 1, size)[:, None, None]
+    blobs = Image.fromarray(rng.normal(0, 1, (size // 8, size // 8)).astype(np.float32))
+    blobs = np.asarray(blobs.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    sky, meadow = (1 - y) * rng.uniform(90, 220, 3) + y * rng.uniform(140, 250, 3), rng.uniform(60, 140, 3)
+    horizon = size * rng.integers(8, 11) // 14
+    pixels = np.where(np.arange(size)[:, None, None] < horizon, sky + 2 * blobs, meadow + 25 * blobs)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    draw, (house, ball) = ImageDraw.Draw(image), rng.integers(0, 256, (2, 3)).tolist()
+    left, width, x, r = (int(rng.integers(*limits)) for limits in ((10, 100), (40, 80), (120, 190), (20, 34)))
+    draw.rectangle((left, horizon - width, left + width, horizon + 20), fill=tuple(house))
+    draw.ellipse((x - r, horizon - 20 - r, x + r, horizon - 20 + r), fill=tuple(ball))
+    for step in range(0, width, 16):
+        draw.rectangle((left + step + 4, horizon - width + 8, left + step + 10, horizon - width + 24), fill="black")
+        draw.line((x - r + step, horizon - 30, x - r + step + 6, horizon - 10), fill="white", width=3)
+    return image
+
+
 KINDS = {"noise": noise_images(1), "constant": for_model(Image.new("RGB", (16, 16), (13, 130, 77))),
          "zero": torch.zeros(1, 3, 16, 16), "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
 each_kind = pytest.mark.parametrize("images", KINDS.values(), ids=KINDS.keys())
@@ -197,6 +216,16 @@ def test_flat_grey_patches_are_similar_to_each_other_and_not_to_the_others():
     assert S[flat][:, flat].min() > 0.999 and S[flat][:, ~flat].abs().max() < 0.01
 
 
+@torch.no_grad()
+def test_embeddings_are_what_enters_the_first_layer_before_its_norm():
+    visual, images = random_clip(tiny()).visual, noise_images(2)
+    expected = F.conv2d(images, visual.conv1.weight, stride=4).flatten(2).mT + visual.positional_embedding[1:]
+    assert visual.patch_tokens(images).allclose(expected, atol=1e-5)
+    assert visual.ln_pre(visual.patch_tokens(images)).allclose(visual.embed(images)[:, 1:], atol=1e-5)
+    keep = torch.tensor([[3, 5], [0, 9]])
+    assert visual.patch_tokens(images, keep).allclose(expected.take_along_dim(keep[..., None], 1), atol=1e-5)
+
+
 def test_alpha_mixes_the_similarity_of_pixels_with_that_of_embeddings():
     images, embeddings = noise_images(2), torch.randn(2, 16, 5, generator=seeded())
     z = embeddings / embeddings.norm(dim=-1, keepdim=True)
@@ -249,10 +278,10 @@ def test_edges_refuse_an_image_that_patches_do_not_cover():
 # -----------------------------------------------------------------------------
 # Masks: optimal transport.
 
-def alternating_sinkhorn(S, eps=0.05):
+def alternating_sinkhorn(S, eps=0.05, tolerance=1e-9):
     """Rows and columns normalised in turns, in float64, until nothing moves."""
     plan, before = (S.double() / eps).exp(), 0
-    while torch.as_tensor(plan - before).abs().max() > 1e-9:
+    while torch.as_tensor(plan - before).abs().max() > tolerance:
         before = plan
         plan = plan / plan.sum(2, keepdim=True)
         plan = plan / plan.sum(1, keepdim=True)
@@ -282,6 +311,25 @@ def test_sinkhorn_is_symmetric_and_positive(S):
 @each_similarity
 def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
     assert sinkhorn(S).double().allclose(alternating_sinkhorn(S), atol=1e-4, rtol=0)
+
+
+def random_symmetric(kind):
+    """(4, 40, 40) in [-1, 1] with ones on the diagonal: cosines of random vectors, or any numbers."""
+    x = F.normalize(torch.randn(4, 40, 12, generator=seeded(), dtype=torch.float64), dim=-1)
+    S = x @ x.mT if kind == "cosines" else (2 * torch.rand(4, 40, 40, generator=seeded(), dtype=torch.float64) - 1).triu()
+    return (S.triu(1) + S.triu(1).mT + torch.eye(40)).float()
+
+
+@pytest.mark.parametrize("kind", ["cosines", "any"])
+def test_the_balanced_similarity_ranks_each_row_as_the_log_of_the_transport_plan(kind):
+    S = random_symmetric(kind)
+    log_plan = alternating_sinkhorn(S, tolerance=1e-14).log()
+    assert clip_pgs.balance(S).argsort(-1).equal(log_plan.argsort(-1))
+    assert clip_pgs.balance(S).double().allclose(1 + 0.05 * log_plan, atol=1e-5, rtol=0)
+
+
+def test_the_balanced_similarity_of_opposite_patches_is_finite():
+    assert clip_pgs.balance(torch.outer(SIGNS, SIGNS)[None]).isfinite().all()
 
 
 def test_sinkhorn_computes_in_float32_under_autocast():
@@ -355,16 +403,37 @@ def test_none_keeps_everything():
     assert keep.tolist() == [list(range(16))] * 2 and valid is None
 
 
-def test_attentive_keeps_the_patches_with_the_highest_attention():
+def blocks_by_loop(attention):
+    """(16,) -> the mean over each patch's 2x2 block of a 4x4 grid."""
+    grid = attention.view(4, 4)
+    return [grid[y // 2 * 2:y // 2 * 2 + 2, x // 2 * 2:x // 2 * 2 + 2].mean().item() for y in range(4) for x in range(4)]
+
+
+def test_attentive_keeps_the_blocks_with_the_highest_attention():
     attention = torch.rand(3, 16, generator=seeded())
     keep, _ = masked("attentive", noise_images(3), (0.5,), attention=attention)
-    assert keep.tolist() == [sorted(sorted(range(16), key=row.__getitem__)[8:]) for row in attention.tolist()]
+    assert keep.tolist() == [sorted(sorted(range(16), key=blocks_by_loop(row).__getitem__)[8:]) for row in attention]
 
 
-def test_attentive_with_a_range_removes_what_gets_less_than_an_even_share():
-    attention = torch.tensor([[3.0] * 6 + [1.0] * 10]) / 28             # mean 1.75 / 28: the last 10 are below
+def test_attentive_ranks_single_patches_where_the_grid_is_odd():
+    attention = torch.rand(3, 15, generator=seeded())
+    keep, _ = masked("attentive", noise_images(3, 12, 20), (0.4,), attention=attention)
+    assert keep.tolist() == [sorted(sorted(range(15), key=row.__getitem__)[6:]) for row in attention.tolist()]
+
+
+@pytest.mark.parametrize("attention", [torch.rand(20, 196, generator=seeded()), torch.ones(20, 196)])
+@pytest.mark.parametrize("ratio", [(0.5,), (0.3,)])
+def test_attentive_splits_at_most_one_block_and_removes_the_exact_number(attention, ratio):
+    keep, _ = make_mask("attentive", torch.zeros(20, 3, 224, 224), ratio, seeded(1), attention=attention)
+    kept = torch.zeros(20, 196).scatter(1, keep, 1.0).view(20, 7, 2, 7, 2).sum((2, 4))  # (20, 7, 7) of each block
+    assert keep.shape[1] == 196 - round(ratio[0] * 196) and (kept % 4 > 0).sum((1, 2)).max() <= 1
+
+
+def test_attentive_with_a_range_removes_blocks_that_get_less_than_an_even_share():
+    attention = torch.full((1, 16), 1 / 28)
+    attention[0, [0, 1, 4, 5]] = 4 / 28                                 # one block of four is above the mean
     keep, valid = masked("attentive", noise_images(1), (0.0, 0.9), attention=attention)
-    assert keep[valid].tolist() == [0, 1, 2, 3, 4, 5]
+    assert keep[valid].tolist() == [0, 1, 4, 5]
 
 
 def test_attentive_without_attention_says_what_it_needs():
@@ -383,29 +452,56 @@ def test_cluster_removes_what_is_most_similar_to_its_anchor():
 
 @pytest.mark.parametrize("transport", [True, False])
 def test_pgs_removes_what_is_most_similar_to_a_candidate(transport):
-    images = for_model(picture(32)).repeat(3, 1, 1, 1) + 0.05 * noise_images(3, 32, 32)
-    noise = torch.rand(3, 65, generator=seeded(1))
-    keep, _ = masked("pgs", images, (0.5,), noise=noise, transport=transport)
-    S = patch_similarity(images, 4).double()
-    plain, balanced = S, S + alternating_sinkhorn(S)
-    for row in range(3):                                                # 5 % of 64 patches: three candidates
-        candidates = np.argsort(noise[row, :64].numpy() + edges_by_loop(images[row], 4))[:3]
-        kept = [score[row, candidates].amax(0).argsort()[:32].sort().values.tolist() for score in (plain, balanced)]
-        assert kept[0] != kept[1] and keep[row].tolist() == kept[transport]
+    images, noise = torch.cat([for_model(scene(i)) for i in range(3)]), torch.rand(3, 197, generator=seeded(1))
+    keep, _ = make_mask("pgs", images, (0.5,), noise=noise, transport=transport)
+    S = patch_similarity(images).double()
+    score = 1 + 0.05 * alternating_sinkhorn(S).log() if transport else S
+    for row in range(3):                                                # 5 % of 196 patches: ten candidates
+        candidates = np.argsort(edges_by_loop(images[row], 16) - noise[row, :196].numpy())[:10]
+        removed = score[row, candidates].amax(0) + 1e-5 * noise[row, :196]
+        assert keep[row].tolist() == removed.argsort()[:98].sort().values.tolist()
 
 
 def test_among_equally_similar_patches_the_candidates_are_the_first_to_go():
     noise = torch.rand(1, 17, generator=seeded())
     keep, _ = masked("pgs", KINDS["constant"], (0.5,), noise=noise)
-    assert keep[0].tolist() == noise[0, :16].argsort()[8:].sort().values.tolist()
+    assert keep[0].tolist() == noise[0, :16].argsort()[:8].sort().values.tolist()
 
 
 def test_pgs_without_edges_proposes_patches_by_noise_alone():
-    noise = torch.full((1, 17), 0.9)
-    noise[0, 6] = 0.1                                                   # in the drawn disc, where edges are high
+    noise = torch.full((1, 17), 0.1)
+    noise[0, 6] = 0.9                                                   # in the drawn disc, where edges are high
     images = KINDS["drawn"]
     assert 6 not in masked("pgs", images, (0.1,), noise=noise, edges=False)[0]
     assert 6 in masked("pgs", images, (0.1,), noise=noise * 0.5, edges=True)[0]
+
+
+def patches_that_differ(mask, one, other):
+    """How many of the 98 patches that `one` removes stay under `other`, mean over 12 scenes; one, other: options."""
+    images, noise = torch.cat([for_model(scene(i)) for i in range(12)]), torch.rand(12, 197, generator=seeded())
+    torch.manual_seed(0)
+    visual = CLIP(Config()).visual
+    with torch.no_grad():
+        options = dict(noise=noise, embeddings=visual.patch_tokens(images), alpha=0.5)
+    removed = [torch.ones(12, 196).scatter(1, make_mask(mask, images, (0.5,), **options | changes)[0], 0.0)
+               for changes in (one, other)]
+    return (removed[0] * (1 - removed[1])).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("mask, switch, least", [
+    ("pgs", dict(edges=False), 12), ("pgs", dict(transport=False), 2.5), ("pgs", dict(embeddings=None), 2.5),
+    ("cluster", dict(embeddings=None), 2.5)])
+def test_every_switch_changes_the_mask_of_a_picture(mask, switch, least):
+    assert least < patches_that_differ(mask, {}, switch) < 50
+
+
+def test_blocks_change_the_mask_of_a_picture():
+    images = torch.cat([for_model(scene(i)) for i in range(4)])
+    torch.manual_seed(0)
+    attention, noise = clip_pgs.class_attention(CLIP(Config()).visual, images), torch.rand(4, 197, generator=seeded())
+    keep, _ = make_mask("attentive", images, (0.5,), noise=noise, attention=attention)
+    single = attention.argsort(1, descending=True)[:, :98]              # the patches that rank alone would keep
+    assert np.mean([len(set(a) - set(b)) for a, b in zip(keep.tolist(), single.tolist())]) > 10
 
 
 @each_mask
@@ -519,12 +615,6 @@ def test_a_block_equals_pytorch_s_own_transformer_layer():
 def test_keeping_all_patches_changes_nothing_at_all():
     clip, images = random_clip(tiny()), noise_images(3)
     assert clip.encode_image(images, torch.arange(16).expand(3, 16)).equal(clip.encode_image(images))
-
-
-def test_patches_are_projected_as_conv1_does():
-    visual, images = random_clip(tiny()).visual, noise_images(2)
-    expected = F.conv2d(images, visual.conv1.weight, stride=4).flatten(2).mT
-    assert visual.project(clip_pgs.patchify(images, 4)).allclose(expected, atol=1e-5)
 
 
 def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
@@ -894,8 +984,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, raw
 
 def test_normalised_images_have_clip_s_mean_and_deviation_and_come_back_as_they_were():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert clip_pgs.normalize(pixels, CPU)[0, 1, 3, 3].item() == pytest.approx((51 / 255 - 0.4578275) / 0.26130258)
-    back = clip_pgs.denormalize(clip_pgs.normalize(pixels, CPU))
+    assert data.normalize(pixels)[0, 1, 3, 3].item() == pytest.approx((51 / 255 - 0.4578275) / 0.26130258)
+    back = data.denormalize(data.normalize(pixels))
     assert (back == pixels.permute(0, 2, 3, 1).numpy()).all()
 
 
@@ -914,7 +1004,7 @@ def test_a_photograph_is_shown_upright_and_cut_to_its_middle(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3                                                    # stored upside down
     image.rotate(180).save(tmp_path / "photo.png", exif=exif)
-    shown = clip_pgs.denormalize(clip_pgs.open_photo(str(tmp_path / "photo.png"), 16))[0]
+    shown = data.denormalize(clip_pgs.open_photo(str(tmp_path / "photo.png"), 16))[0]
     assert shown[8, 3].tolist() == [255, 0, 0] and shown[8, 12].tolist() == [0, 0, 255]
 
 
