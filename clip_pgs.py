@@ -1,55 +1,58 @@
 """CLIP-PGS: contrastive language-image pre-training on the half of the patches that matters, in one file.
 
-    torchrun clip_pgs.py --mask pgs --ratio 0.5                          the demo: makes its data, minutes on a CPU
-    torchrun --nproc_per_node 8 clip_pgs.py --data 'cc12m/{00000..01242}.tar' --mask pgs --ratio 0.5 --val imagenet/
-    python clip_pgs.py --show-masks photo.jpg --ratio 0.5                what each mask leaves of a photograph
-    python clip_pgs.py --bench                                           what a training step costs under each mask
-    python clip_pgs.py --help                                            every option, its default and meaning
+    torchrun clip_pgs.py --mask pgs --ratio 0.5               the demo: draws its own data, minutes on a CPU
+    torchrun --nproc_per_node 8 clip_pgs.py --data 'cc12m/{00000..01242}.tar' --mask pgs --val imagenet/
+    python clip_pgs.py --resume                               go on with the run in out/
+    python clip_pgs.py --show-masks photo.jpg --ratio 0.5     draw what each mask leaves of a photograph
+    python clip_pgs.py --help                                 every option, its default and meaning
 
-CLIP trains an image and a text encoder so that a photograph and its caption get similar features. Most of the cost
-is the image encoder, and most patches of an image repeat their neighbours. Five masks choose which patches it sees:
-none (CLIP), random (FLIP), cluster (E-CLIP), attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025,
-arXiv 2503.17080), which is what this file is about.
+CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar features. Most
+of the cost is the image encoder, and most patches of an image repeat their neighbours. Five masks choose which
+patches the encoder sees: none (CLIP), random (FLIP), cluster (E-CLIP), attentive (A-CLIP) and pgs (CLIP-PGS,
+Pei et al., CVPR 2025, arXiv 2503.17080), which is what this file is about.
 
-The story, top to bottom: Config, masks, model, loss, optimizer and schedule, checkpoint, pictures, training, bench,
-main. Shards, images and tokens come from data.py; evaluate.py measures what was learned.
+The story, top to bottom: config, masks, model, teacher, loss, optimizer, one step. A reader may stop there: the
+rest is plumbing (the run, main). data.py reads shards, evaluate.py measures what was learned.
 """
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-import warnings
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import evaluate
 
 # -----------------------------------------------------------------------------
-# Config. The one place for every knob: a field is a default, an option of the command line, and what the checkpoint
-# stores. "Release" is the code that the authors of CLIP-PGS published; its recipe for CC12M is the default here.
+# Config. The one place for every knob: a field is a default, an option of the command line, and what the
+# checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of CLIP-PGS
+# published; its recipe for CC12M is the default. "Ours" means that we chose the value.
 
 
-def knob(default, meaning):
-    """A Config field that brings its help text along."""
-    return field(default=default, metadata={"help": meaning})
+def knob(default, meaning, least=0):
+    """A Config field with its help text and, if it is a number, its least value."""
+    return field(default=default, metadata={"help": meaning, "least": least})
 
 
 @dataclass
@@ -58,146 +61,135 @@ class Config:
     # data
     data: tuple = knob((), "training shards: paths, globs, brace ranges; none: the demo draws its own")
     val: tuple = knob((), "folders to evaluate after every epoch, in CLIP_benchmark's layout")
-    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it the merges are learned from the captions")
-    vocab_size: int = knob(49408, "vocabulary size, at most, when the merges are learned (CLIP's)")
+    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it, merges are learned from the captions")
+    vocab_size: int = knob(49408, "largest vocabulary to learn (CLIP)", least=514)
     max_bad: float = knob(0.1, "share of shards or samples that may be broken before the run stops (ours)")
     # model
     model: str = knob("ViT-B-16", "model size: ViT-B-16, ViT-S-16, ViT-L-16 or demo")
-    image_size: int = knob(224, "side of the square input, pixels")
-    patch_size: int = knob(16, "side of a patch, pixels")
-    context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)")
-    quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) for GELU, as in OpenAI's own weights")
+    image_size: int = knob(224, "side of the square input, pixels", least=1)
+    patch_size: int = knob(16, "side of a patch, pixels", least=1)
+    context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)", least=3)
+    quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
     # mask
     mask: str = knob("pgs", "which patches to remove: none, random, cluster, attentive or pgs")
-    ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image picks its own in between")
-    edges: bool = knob(True, "pgs: propose patches without edges; off: any (the paper's ablation)")
-    transport: bool = knob(True, "pgs: balance the similarity by optimal transport (the paper's ablation)")
-    embeddings: bool = knob(True, "cluster, pgs: compare the patches' embeddings too, more and more as training goes "
-                                  "on; off: pixels alone (E-CLIP's first variant)")
-    ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112; 0: that of the image (A-CLIP)")
-    unmasked_epochs: float = knob(0.0, "train the last so many epochs on whole images (FLIP's unmasked tuning)")
+    ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image decides in between")
+    edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
+    transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
+    embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP's ablation)")
+    ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112 (A-CLIP); 0: as the images")
+    unmasked_epochs: float = knob(0.0, "epochs at the end that see whole images (FLIP's unmasked tuning)")
     # optimization
-    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096 in all)")
-    accum: int = knob(1, "forward passes per step: the exact update of one batch so many times as large")
-    epochs: int = knob(32, "passes over the data (paper)")
-    steps: int = knob(0, "stop after so many optimizer steps instead; 0: epochs decide")
+    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096 in all)", least=1)
+    accum: int = knob(1, "forward passes per step; exactly the update of one batch this many times as large", least=1)
+    epochs: int = knob(32, "passes over the data (paper)", least=1)
+    steps: int = knob(0, "stop after this many optimizer steps instead; 0: epochs decide")
     lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
-    warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of a run")
+    warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of the run (ours)")
     weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
-    betas: tuple = knob((0.9, 0.98), "AdamW's two averages (CLIP, for ViT)")
-    eps: float = knob(1e-6, "AdamW's epsilon (CLIP, for ViT)")
-    scale: tuple = knob((0.9, 1.0), "area of the random crop, a share of the image (open_clip)")
+    scale: tuple = knob((0.9, 1.0), "area of the random crop, as a share of the image (open_clip)")
     # run
-    seed: int = knob(0, "fixes the weights at the start, the order of the data, the crops and the masks")
-    workers: int = knob(4, "processes per rank that read and decode; 0: the rank itself does")
-    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and index.npz (where the samples lie)")
-    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one")
-    keep: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
-    resume: str = knob("", "checkpoint to go on from; alone: that in --out, or a fresh start if there is none")
-    force: bool = knob(False, "resume although an option that changes the result is another than before")
-    grad_checkpointing: bool = knob(False, "compute activations again on the way back, not to store them: same loss")
-    compile: bool = knob(False, "let torch.compile fuse the layers: the first step of each shape takes far longer")
-    bench: bool = knob(False, "time --steps training steps of every mask, or of --mask and none, then stop")
-    show_masks: tuple = knob((), "photographs: write what every mask leaves of them to masks.png in --out, then stop")
+    seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
+    workers: int = knob(4, "processes per rank that read and decode; 0: the rank reads by itself")
+    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and the index of the shards")
+    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one", least=1)
+    keep_epochs: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
+    resume: str = knob("", "checkpoint to go on from, with its run's options; no file: that in --out, if any")
+    grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
+    compile: bool = knob(False, "let torch.compile fuse the layers; the first step of each input size is slow")
+    show_masks: tuple = knob((), "photographs: draw what every mask leaves of them to masks.png in --out; stop")
 
 
-# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et al.
-# 2021); S pairs DeiT's small ViT with a text tower of its width.
+# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et
+# al. 2021); S pairs DeiT's small ViT with a text tower of its width.
 SIZES = {
-    "ViT-B-16": dict(embed_dim=512, width=768, layers=12, text_width=512, text_layers=12),
-    "ViT-S-16": dict(embed_dim=384, width=384, layers=12, text_width=384, text_layers=12),
-    "ViT-L-16": dict(embed_dim=768, width=1024, layers=24, text_width=768, text_layers=12),
-    "demo": dict(embed_dim=128, width=128, layers=4, text_width=64, text_layers=2),
+    "ViT-B-16": dict(width=768, layers=12, text_width=512, text_layers=12, embed_dim=512),
+    "ViT-S-16": dict(width=384, layers=12, text_width=384, text_layers=12, embed_dim=384),
+    "ViT-L-16": dict(width=1024, layers=24, text_width=768, text_layers=12, embed_dim=768),
+    "demo": dict(width=128, layers=4, text_width=64, text_layers=2, embed_dim=128),
 }
 HEAD_WIDTH = 64
 
-# What the demo changes, tuned together with its data on 2 CPU cores.
-DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128, epochs=8,
-            unmasked_epochs=1.0, lr=2e-3, warmup=50, workers=1, val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
+def tower_sizes(model):
+    """The entry of SIZES, or of any other ViT, written WIDTHxLAYERS-TEXT_WIDTHxTEXT_LAYERS-EMBED_DIM: its sizes."""
+    names, found = SIZES["demo"], re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", model)
+    if model not in SIZES and not found:
+        raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
+    return SIZES[model] if model in SIZES else dict(zip(names, map(int, found.groups())))
+
+
+# What the demo changes, tuned together with its data on 2 CPU cores.
+DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128,
+            epochs=8, unmasked_epochs=1.0, lr=2e-3, warmup=50, workers=1,
+            val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 def check(config):
     """ValueError with one line for the first option whose value cannot work."""
-    if config.model not in SIZES:
-        raise ValueError(f"--model {config.model}: choose one of {', '.join(SIZES)}")
-    check_mask((config.mask or "none") if config.bench else config.mask, config.ratio)
-    if config.patch_size < 1 or config.image_size < 1 or config.image_size % config.patch_size:
-        raise ValueError(f"--patch-size {config.patch_size}: must divide --image-size {config.image_size}")
-    if config.ema_size % config.patch_size:
-        raise ValueError(f"--ema-size {config.ema_size}: must be a multiple of --patch-size {config.patch_size}")
-    for name, least in dict(batch_size=1, accum=1, epochs=1, save_every=1, context_length=3, vocab_size=514, steps=0,
-                            warmup=0, workers=0, lr=0, weight_decay=0, eps=0, max_bad=0, seed=0, ema_size=0,
-                            unmasked_epochs=0).items():
-        if not least <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    for f in fields(config):
+        value, least = getattr(config, f.name), f.metadata["least"]
+        if isinstance(value, (int, float)) and not least <= value < math.inf:  # nan fails this, too
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
+    tower_sizes(config.model)
+    check_mask(config.mask, config.ratio)
+    for size in ("image_size", "ema_size"):
+        if getattr(config, size) % config.patch_size:
+            raise ValueError(f"--{size.replace('_', '-')} {getattr(config, size)}: must be a multiple of "
+                             f"--patch-size {config.patch_size}")
     if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
         raise ValueError(f"--scale {config.scale}: two numbers, 0 < low <= high <= 1")
-    if not (len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)):
-        raise ValueError(f"--betas {config.betas}: two numbers, at least 0 and below 1")
 
 
 # -----------------------------------------------------------------------------
-# Masks. Each answers one question: which patches does the encoder get to see?
+# Masks. Each answers one question: which patches does the encoder get to see? pgs goes through five steps:
+#
+#     sobel_edges         how much changes inside each patch?
+#     pgs_candidates      a few patches, by chance and rather those without edges, are proposed for removal
+#     patch_similarity    how alike are every two patches?
+#     balance             optimal transport: a patch with many twins becomes less alike to each of them
+#     remove              the patches most similar to a candidate go
+#
+# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask.
+#
+# Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an embedding,
+# T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
 MASKS = ("none", "random", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
-EPS = 0.05         # of optimal transport: the smaller, the more a patch's mass stays with its nearest twins (ours)
+EPS = 0.05         # of optimal transport: the smaller, the more mass a patch keeps for its nearest twins (ours)
 
 
 def check_mask(name, ratio):
-    """ValueError unless `name` is one of MASKS and `ratio` one share of patches or a range of two, each in [0, 1)."""
+    """ValueError unless name is one of MASKS and ratio one share of patches, or a range of two, in [0, 1)."""
     if name not in MASKS:
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
-        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and below 1, "
-                         "or a range of two, low then high")
+        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and "
+                         "below 1, or a range of two, low then high")
 
 
 def patchify(images, patch_size):
-    """(B, 3, H, W) -> (B, L, 3*P*P): patches row by row, each as channel, row, column like conv1's weights."""
-    B, C, H, W = images.shape
-    P = patch_size
+    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, each as channel, row, column. ValueError if P does not fit."""
+    (B, C, H, W), P = images.shape, patch_size
     if H % P or W % P:
         raise ValueError(f"--patch-size {P}: does not divide images of {H}x{W}")
     patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
     return patches.reshape(B, H // P * (W // P), C * P * P)
 
 
-def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
-    """Cosine similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
-
-    Pixels of a patch are first brought to zero mean and unit variance (E-CLIP: contrast must not matter). With
-    `embeddings` (B, L, D) the result is (1 - alpha) * cos(pixels) + alpha * cos(embeddings).
-    """
-    pixels = patchify(images.float(), patch_size)
-    pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself takes care of the variance
-    # A patch of one grey is now zero up to rounding noise, which a cosine would blow up. One more, tiny, equal
-    # coordinate outweighs the noise: such patches become similar to each other, others hardly change.
-    S = _cosine(F.pad(pixels, (0, 1), value=1e-3))
-    if embeddings is None or alpha == 0:
-        return S
-    return (1 - alpha) * S + alpha * _cosine(embeddings.float())
-
-
-def _cosine(x):
-    z = F.normalize(x, dim=-1)                            # (B, L, D)
-    return z @ z.transpose(1, 2)                          # (B, L, L)
-
-
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
-
-    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros. ValueError if
-    H or W is not a multiple of patch_size. CLIP-PGS, edge detection; the released code differs (README).
-    """
-    # De-normalising is x * std + mean, and the gradient does not see the mean.
-    red, green, blue = (images[:, c:c + 1] * (weight * data.STD[c]) for c, weight in enumerate((0.299, 0.587, 0.114)))
-    luminance = red + green + blue                                          # (B, 1, H, W)
-    # Nor does it see any other offset; without one, flat stays exactly zero instead of the kernels' rounding noise.
+    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros. ValueError
+    if H or W is not a multiple of patch_size. CLIP-PGS, edge detection; the released code differs (README)."""
+    weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
+    kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
+    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
+    weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
+    luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
+    # The gradient ignores constants, so we subtract the first pixel: a flat image then gives exactly zero, not
+    # rounding noise, which the min-max scaling would blow up.
     luminance = luminance - luminance[..., :1, :1]
-    kernel_x = torch.tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=images.dtype)
-    kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images.device, non_blocking=True)  # (2, 1, 3, 3)
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
     edges = patchify(magnitude, patch_size).mean(-1)                        # (B, L)
@@ -205,18 +197,43 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 
-def balance(similarity, eps=EPS, iterations=20):
-    """Similarity (B, L, L), symmetric, in [-1, 1] -> balanced similarity S' = 1 + eps * log T, same shape, float32.
+def pgs_candidates(edges, noise):
+    """(B, C) indices of the few patches proposed for removal, those with the highest `noise - edges`.
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and not
+    the same ones every time. CLIP-PGS, generation."""
+    return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
-    T is the doubly stochastic matrix of `sinkhorn`: ranking a row by S' is ranking it by T. The answer is
-    T = diag(u) K diag(u) with K = exp((S - 1) / eps), so S' = S + eps * (log u_i + log u_j), on the scale of S. One
-    vector u with u * (K u) = 1 is left to find. Repeating u <- 1 / (K u) alternates between two vectors. The geometric
-    mean of u and 1 / (K u) converges: K of cosines is positive semi-definite, so near the answer each step at least
-    halves the error.
-    """
+
+def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
+    """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
+    The cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not matter). With
+    embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings."""
+    def cosines(x):
+        z = F.normalize(x, dim=-1)                        # (B, L, D)
+        return z @ z.transpose(1, 2)                      # (B, L, L)
+
+    pixels = patchify(images.float(), patch_size)
+    pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself divides by the deviation
+    # After subtracting the mean, a patch of one grey is zero plus rounding noise, and the cosine would turn that
+    # noise into a random direction. We append the same small number to every patch: patches of one grey then
+    # point the same way, and the others hardly change.
+    S = cosines(F.pad(pixels, (0, 1), value=1e-3))
+    if embeddings is None or alpha == 0:
+        return S
+    return (1 - alpha) * S + alpha * cosines(embeddings.float())
+
+
+def balance(similarity, eps=EPS, iterations=20):
+    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
+    T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
+    T = diag(u) K diag(u) with K = exp((S - 1) / eps), so S' = S + eps * (log u_i + log u_j), which is on the
+    scale of S. What is left to find is one vector u with u * (K u) = 1.
+    1. Repeating u <- 1 / (K u) alternates between two vectors; their geometric mean is the answer.
+    2. So each step takes the geometric mean of u and 1 / (K u).
+    3. K of cosines is positive semi-definite. Near the answer, each step then at least halves the error."""
     with torch.autocast(similarity.device.type, enabled=False):
         similarity = similarity.float()
-        kernel = ((similarity - 1) / eps).exp()           # (B, L, L) from exp(-2 / eps) to 1: no overflow, no zero
+        kernel = ((similarity - 1) / eps).exp()           # (B, L, L) between exp(-2 / eps) and 1: never 0
         u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
         for _ in range(iterations):
             u = (u / (kernel @ u)).sqrt()
@@ -225,148 +242,104 @@ def balance(similarity, eps=EPS, iterations=20):
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
     """The doubly stochastic matrix T nearest (in KL) to exp(similarity / eps): (B, L, L) -> (B, L, L), float32.
-
-    Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many twins
-    shares its unit of mass with all of them; a patch that is like no other keeps it.
-    """
+    Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many
+    twins shares its unit of mass with all of them; a patch that is like no other keeps it."""
     return ((balance(similarity, eps, iterations) - 1) / eps).exp()
-
-
-def removal_range(ratio, L):
-    """(least, most) patches of L to remove for a ratio of one or two shares; one patch always stays."""
-    return tuple(min(round(share * L), L - 1) for share in (ratio[0], ratio[-1]))
-
-
-def remove(score, ratio, noise, count=None):
-    """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
-
-    How many go is the number of scores above 0.5, clamped to the range `ratio`, unless `count` (B,) says it. E-CLIP
-    searches one threshold for the whole data set instead; ranks in each image do the same job with a static shape.
-    `noise` (B, L) decides between equal scores, so that ties do not always cost the bottom of the picture.
-    """
-    L = score.shape[1]
-    low, high = removal_range(ratio, L)
-    if count is None:
-        count = (score > 0.5).sum(1).clamp(low, high)                # (B,)
-    # float64: equal scores must stay apart by their noise.
-    rank = (score.double() + 1e-5 * noise).argsort(1, descending=True).argsort(1)      # (B, L) 0 for the first to go
-    # K is static, the most that any image may keep: asking for the true maximum would make the CPU wait for the GPU.
-    removed = (rank < count[:, None]).byte()
-    keep = removed.argsort(dim=1, stable=True)[:, :L - low]          # (B, K) kept before removed, each in order
-    if low == high:
-        return keep, None
-    return keep, torch.arange(L - low, device=score.device) < (L - count)[:, None]
-
-
-def cluster_score(similarity, noise):
-    """(B, L): the similarity to the nearest of a few random anchor patches (E-CLIP, Wei et al., CVPR 2024)."""
-    num_anchors = max(1, round(ANCHORS * noise.shape[1]))
-    anchors = noise.topk(num_anchors).indices                        # (B, A)
-    return similarity.take_along_dim(anchors[..., None], dim=1).amax(1)
-
-
-def pgs_candidates(edges, noise):
-    """(B, C) indices: a few patches to propose for removal, the highest `noise - edges` (CLIP-PGS, generation).
-
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and not the
-    same ones every time.
-    """
-    return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
-
-    similarity (B, L, L), candidates (B, C). Without balance, one large flat area takes most of the patches to remove.
-    """
+    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all places to be removed."""
     if transport:
         similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
 
 
 def block_mean(x, rows, columns):
-    """(B, L) -> (B, L): each patch gets the mean of its block of 2x2 patches; x itself if a side of the grid is odd."""
+    """(B, L) -> (B, L): each patch gets the mean of its block of 2x2; x itself if a side of the grid is odd."""
     if rows % 2 or columns % 2:
         return x
     blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)                     # (B, 1, rows / 2, columns / 2)
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 
+def remove(score, ratio, noise, share=None):
+    """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
+    The number removed is the number of scores above 0.5, clamped to the range `ratio`; with share (B,) in [0, 1)
+    it lies that far between the ends of the range. Of equal scores those with the highest noise (B, L) go first."""
+    L = score.shape[1]
+    low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
+    count = (score > 0.5).sum(1).clamp(low, high) if share is None else low + (share * (high - low + 1)).long()
+    order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise parts equal scores
+    rank = order.argsort(1)                                                    # (B, L) 0: the first to go
+    removed = (rank < count[:, None]).byte()
+    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the largest
+    # number that the ratio allows: only the GPU knows the batch's true maximum, and the CPU would have to wait.
+    keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
+    if low == high:
+        return keep, None
+    return keep, torch.arange(L - low, device=score.device) < (L - count)[:, None]
+
+
 @torch.no_grad()
 def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
-
-    name: one of MASKS. ratio: the share of patches REMOVED, (r,) exactly or (low, high) with the number chosen per
-    image; then K is the most an image may keep, real slots come first and `valid` tells them. Randomness comes from
-    `noise` (B, L + 1) uniform in [0, 1), or else from `generator`. cluster and pgs compare pixels, and patch
-    `embeddings` (B, L, D) by the share `alpha`, see `VisionTransformer.patch_tokens`. attentive needs `attention`
-    (B, L), see `class_attention`. pgs can do without `edges` or `transport`, the paper's ablation.
-    An image's mask does not depend on the other images of its batch. ValueError for an unknown name or a bad ratio.
-    """
+    name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
+    (low, high) with the number chosen per image; then K is the most that any image keeps, and valid slots come
+    first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and pgs
+    compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`. attentive
+    needs attention (B, L), see `class_attention`. pgs can do without edges or transport, the paper's ablation.
+    An image's mask does not depend on the other images of its batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
-    B, _, H, W = images.shape
-    L = H // patch_size * (W // patch_size)
+    B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    L = grid[0] * grid[1]
     if name == "none":
         return torch.arange(L, device=images.device).expand(B, L), None
     if noise is None:
         noise = torch.rand(B, L + 1, generator=generator, device=images.device)
-    noise, spare = noise[:, :L], noise[:, L]  # spare: random draws from it how many go
+    noise, share = noise[:, :L], noise[:, L]  # share: for `random`, which has no scores to count
 
-    with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) are no place for bf16
+    with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) need float32
         if name == "random":  # FLIP, Li et al., CVPR 2023
-            low, high = removal_range(ratio, L)
-            return remove(noise, ratio, noise, count=low + (spare * (high - low + 1)).long())
+            return remove(noise, ratio, noise, share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
-            # The patches of a block share their score and their noise, so they go one after the other. The score is
+            # Patches of a block share their score and their noise, so they go one after the other. A score is
             # above 0.5 where a block gets less than its even share of the class token's attention.
-            grid = H // patch_size, W // patch_size
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
-        if name == "cluster":
-            return remove(cluster_score(similarity, noise), ratio, noise)
+        if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: similar to the nearest of a few anchors
+            anchors = noise.topk(max(1, round(ANCHORS * L))).indices           # (B, A)
+            return remove(pgs_score(similarity, anchors, transport=False), ratio, noise)
         strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
-        candidates = pgs_candidates(strength, noise)
-        return remove(pgs_score(similarity, candidates, transport), ratio, noise)
+        return remove(pgs_score(similarity, pgs_candidates(strength, noise), transport), ratio, noise)
 
 
 # -----------------------------------------------------------------------------
-# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and open_clip, so
-# that weights load strictly in both directions.
+# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and open_clip,
+# so that weights load strictly in both directions.
+#
+# Captions have different lengths. So have images if `--ratio` is a range. Padding is not computed: everything but
+# attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded form,
+# (B, K, D). `Slots` says how to get from one to the other.
 
 
-class QuickGELU(nn.Module):
-    """The approximation of GELU in OpenAI's weights."""
+class Slots(NamedTuple):
+    """Which slots of a padded batch hold a token, and where the N tokens lie among the B * K slots."""
+    valid: torch.Tensor   # (B, K) bool
+    places: torch.Tensor  # (N,) int64
 
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+    def pack(self, x):
+        """(B, K, D) -> (N, D): the valid tokens, one after the other."""
+        return x.flatten(0, 1).index_select(0, self.places)
 
-
-# Captions differ in length, and with a range of ratios so do images; `valid` (B, K) says which slots hold a token. The
-# others need not cost anything: most of a transformer treats each token by itself, so the real ones lie packed, one
-# after the other, (N, D). Attention alone, a few percent of the work, unpacks them to their `places` (N,) of B * K.
-
-
-class Pack(torch.autograd.Function):
-    """The tokens x (B, K, D) at `places`: (N, D). No place comes twice, so the gradient can be copied, not added up."""
-
-    @staticmethod
-    def forward(ctx, x, places):
-        ctx.save_for_backward(places)
-        ctx.shape = x.shape[:2]
-        return x.flatten(0, 1)[places]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return unpack(gradient, *ctx.saved_tensors, ctx.shape), None
-
-
-def unpack(x, places, shape):
-    """Puts tokens (N, D) back to their places among zeros: (B, K, D), `shape` (B, K)."""
-    return x.new_zeros(math.prod(shape), x.shape[1]).index_copy_(0, places, x).view(*shape, -1)
+    def unpack(self, x):
+        """(N, D) -> (B, K, D): the tokens in their slots, zeros in the others."""
+        B, K = self.valid.shape
+        return x.new_zeros(B * K, x.shape[1]).index_copy(0, self.places, x).view(B, K, -1)
 
 
 class Attention(nn.Module):
@@ -379,20 +352,30 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def heads(self, x, valid=None, places=None):
-        """(B, K, D), or (N, D) with its places -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
+    def heads(self, x, slots=None):
+        """(B, K, D), or (N, D) with its slots -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        if places is not None:
-            qkv = unpack(qkv, places, valid.shape)
+        if x.ndim == 2:
+            qkv = slots.unpack(qkv)
         B, K, _ = qkv.shape
         return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def mix(self, q, k, v, valid=None, places=None, causal=False):
-        """Values averaged by attention, (B, Q, D) for Q queries, or (N, D) with their places."""
-        # Padding comes last, where causal attention does not look.
-        seen = None if valid is None or causal else valid[:, None, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2).flatten(2)
-        return self.out_proj(x if places is None else Pack.apply(x, places))
+    def forward(self, x, slots=None, causal=False, first_only=False):
+        q, k, v = self.heads(x, slots)
+        if first_only:
+            q = q[:, :, :1]
+        # Causal attention needs no mask: padding follows the valid tokens, which never look ahead.
+        mask = None if slots is None or causal else slots.valid[:, None, None]          # (B, 1, 1, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)   # (B, heads, K, HEAD_WIDTH)
+        y = y.transpose(1, 2).flatten(2)                                                # (B, K, D)
+        return self.out_proj(slots.pack(y) if x.ndim == 2 else y)
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU in OpenAI's weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
@@ -408,11 +391,10 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, valid=None, places=None, causal=False, first_only=False):
-        q, k, v = self.attn.heads(self.ln_1(x), valid, places)
-        if first_only:  # only the first token's output is wanted: it still sees all the others
-            x, q = x[:, :1], q[:, :, :1]
-        x = x + self.attn.mix(q, k, v, valid, places, causal)
+    def forward(self, x, slots=None, causal=False, first_only=False):
+        """(B, K, D), or (N, D) with its slots -> same shape; with first_only the first token alone, (B, 1, D)."""
+        y = self.attn(self.ln_1(x), slots, causal, first_only)
+        x = (x[:, :1] if first_only else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -423,7 +405,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.grad_checkpointing = config.grad_checkpointing
         self.resblocks = nn.ModuleList(Block(width, config.quick_gelu) for _ in range(layers))
-        # Initialised as CLIP does its text tower: the sum of all residual branches has the scale of a single one.
+        # CLIP's text initialisation: the sum of all residual branches has the scale of a single one.
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -431,15 +413,21 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
-    def run(self, block, x, *layout, **options):
-        """One block; with gradient checkpointing its activations are computed again on the way back."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, *layout, use_reentrant=False, preserve_rng_state=False, **options)
-        return block(x, *layout, **options)
+    def forward(self, x, slots=None, causal=False, first_only=False):
+        """As `Block.forward`; with first_only, the last layer computes the first token of each image alone."""
+        for number, block in enumerate(self.resblocks, 1):
+            only = first_only and number == len(self.resblocks)
+            if only and x.ndim == 2:
+                x = slots.unpack(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, slots, causal, only, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, slots, causal, only)
+        return x
 
 
 class VisionTransformer(nn.Module):
-    """The image tower (Dosovitskiy et al., ICLR 2021), which embeds and encodes only the patches that it is given."""
+    """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches that it is given."""
 
     def __init__(self, config, width, layers, embed_dim):
         super().__init__()
@@ -457,40 +445,37 @@ class VisionTransformer(nn.Module):
         """Projections of the patches `keep` (B, K), or of all, plus their positional embeddings: (B, K, D)."""
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
         if keep is not None:
-            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]  # both (B, K, ...)
-        elif patches.shape[1] != len(position):  # another resolution: stretch the grid of positions
+            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
+        elif patches.shape[1] != len(position):  # --ema-size: images of another size than the model's
             side, wanted = math.isqrt(len(position)), images.shape[-1] // self.patch_size
             position = position.T.view(1, -1, side, side)
             position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
-        return F.linear(patches, self.conv1.weight.flatten(1)) + position   # conv1, at any subset of its positions
+        return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):
-        """What enters the first layer: the class token, then those of the patches `keep` (B, K): (B, 1 + K, D)."""
+        """What enters the first layer: the class token, then the patches `keep` (B, K) or all: (B, 1 + K, D)."""
         x = self.patch_tokens(images, keep)
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
     def forward(self, images, keep=None, valid=None):
-        x, places = self.embed(images, keep), None
+        """See `CLIP.encode_image`."""
+        x, slots = self.embed(images, keep), None                        # (B, 1 + K, D)
         if valid is not None:
-            valid = F.pad(valid, (1, 0), value=True)                 # (B, 1 + K) the class token is always real
-            places = valid.flatten().nonzero()[:, 0]                 # (N,) waits for the device, which knows N
-            x = Pack.apply(x, places)                                # (N, D)
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
-            x = self.transformer.run(block, x, valid, places)
-        if valid is not None:
-            x = unpack(x, places, valid.shape)                       # (B, 1 + K, D)
-        x = self.transformer.run(last, x, valid, first_only=True)    # (B, 1, D)
+            valid = F.pad(valid, (1, 0), value=True)                     # the class token is always valid
+            # nonzero: the CPU waits here, because only the GPU knows how many patches are kept.
+            slots = Slots(valid, valid.flatten().nonzero()[:, 0])
+            x = slots.pack(x)                                            # (N, D)
+        x = self.transformer(x, slots, first_only=True)                  # (B, 1, D)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `config.vocab_size` is that of the tokenizer."""
+    """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
 
     def __init__(self, config):
         super().__init__()
-        size = SIZES[config.model]
+        size = tower_sizes(config.model)
         width, embed_dim = size["text_width"], size["embed_dim"]
         self.visual = VisionTransformer(config, size["width"], size["layers"], embed_dim)
         self.transformer = Transformer(config, width, size["text_layers"])
@@ -502,57 +487,48 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images, keep=None, valid=None):
-        """Features (B, D), not normalised. images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
-
-        With `valid` (B, K), the slots that are not real have no influence, and next to no cost.
-        """
+        """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
+        With valid (B, K) bool, slots of `keep` that are not valid have no influence and almost no cost."""
         return self.visual(images, keep, valid)
 
     def encode_text(self, tokens):
-        """Features (B, D), not normalised, of tokens (B, T): the output at <end>, the highest id.
-
-        What follows <end> is not computed, which is exact: causal attention never looks beyond <end>. Pass tokens on
-        the CPU: their lengths are then known without waiting for the device.
-        """
-        lengths = tokens.argmax(1) + 1
-        T, N = int(lengths.max()), int(lengths.sum())
-        tokens = tokens.to(self.text_projection.device, non_blocking=True)[:, :T]
-        valid = torch.arange(T, device=tokens.device) <= tokens.argmax(1)[:, None]           # (B, T)
-        places = (~valid).flatten().byte().argsort(stable=True)[:N]  # nonzero(), without asking the device for N
-        x = Pack.apply(self.token_embedding(tokens) + self.positional_embedding[:T], places) # (N, D)
-        for block in self.transformer.resblocks:
-            x = self.transformer.run(block, x, valid, places, causal=True)
-        ends = valid.sum(1).cumsum(0) - 1                                                    # (B,) among the N
-        return self.ln_final(x[ends]) @ self.text_projection
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id.
+        What follows <end> is not computed, which is exact, because causal attention never looks ahead. Pass
+        tokens on the CPU: their lengths are then known without waiting for a GPU."""
+        device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
+        T = int(ends.max()) + 1                                          # of the longest caption
+        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
+        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1    # last: each <end> among the N
+        tokens, valid, places, last = (x.to(device, non_blocking=True) for x in (tokens[:, :T], valid, places, last))
+        x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
+        x = self.transformer(slots.pack(x), slots, causal=True)         # (N, D)
+        return self.ln_final(x[last]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
+        """Image features (B, E), text features (B, E), the factor that the loss multiplies their cosines by."""
         return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
 
 
 # -----------------------------------------------------------------------------
-# The EMA encoder of the attentive mask.
+# Teacher: the EMA copy of the image tower, whose attention the mask `attentive` ranks by.
 
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, averaged over layers and heads: (B, L).
-
-    A-CLIP's score; a row sums to less than 1, the rest is attention to itself. Only the class token's row of each map
-    is formed, and the last layer ends there. With `size`, the encoder looks at images of that side, a multiple of the
-    patch (A-CLIP's efficient version).
-    """
+    """How much the class token attends to each patch, mean over layers and heads: (B, L); images (B, 3, H, W).
+    A-CLIP's score; a row sums to less than 1, the rest is attention to itself. With size, a multiple of the patch
+    size, the encoder looks at images of that side (A-CLIP's efficient version). The loop is the transformer's,
+    except that it forms the class token's row of each attention map, and that it ends with the last of them."""
     grid = images.shape[-1] // visual.patch_size
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    x = visual.embed(images)
-    total = 0
+    x, total = visual.embed(images), 0
     for block in visual.transformer.resblocks:
-        q, k, v = block.attn.heads(block.ln_1(x))
+        q, k, _ = block.attn.heads(block.ln_1(x))
         row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, 1 + L)
-        total = total + row[:, :, 0, 1:].mean(1)                                           # (B, L)
+        total = total + row[:, :, 0, 1:].mean(1)                                          # (B, L)
         if block is not visual.transformer.resblocks[-1]:
-            x = x + block.attn.mix(q, k, v)
-            x = x + block.mlp(block.ln_2(x))
+            x = block(x)
     attention = total / len(visual.transformer.resblocks)
     if size:
         side = size // visual.patch_size
@@ -564,7 +540,8 @@ def class_attention(visual, images, size=0):
 def update_ema(ema, model, progress):
     """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - momentum)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - momentum)
 
 
 # -----------------------------------------------------------------------------
@@ -577,56 +554,38 @@ def ranks():
 
 
 class Gather(torch.autograd.Function):
-    """(B, D) of each rank -> (world_size * B, D) on all. dist.all_gather itself has no gradient."""
+    """(B, ...) of each rank -> (world_size * B, ...) on all ranks. dist.all_gather itself has no gradient."""
 
     @staticmethod
     def forward(ctx, x):
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, x)
+        dist.all_gather(gathered, x.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # every rank's loss depends on our features
+        dist.all_reduce(gradient)  # the loss of every rank depends on our features
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-LOSS_ROWS = 1024  # of logits in memory at a time: against 32,768 columns 128 MiB, where all rows would take 4 GiB
-
-
-def cross_entropy_sum(queries, gallery, logit_scale, labels, gallery_real):
-    """The summed cross entropy of queries (R, D) against gallery (N, D); labels (R,) of -100 do not count."""
-    logits = (logit_scale * queries @ gallery.T).masked_fill(~gallery_real, -math.inf)    # (R, N)
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def clip_loss(image_features, text_features, logit_scale, real=None):
-    """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, D), which it normalises.
-
-    logit_scale multiplies the cosines. Pairs that are not `real` (B,) bool are left out, as rows and as columns.
-    With several ranks, each computes the rows of its own pairs against the columns of all; the mean over the ranks
-    of what they return is the loss of the whole batch, and DDP's mean of the gradients is its gradient.
-    """
-    B, D = image_features.shape
-    real = torch.ones(B, dtype=torch.bool, device=image_features.device) if real is None else real
-    image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    rank, world_size = ranks()
-    all_images, all_texts, all_real = image_features, text_features, real
-    if world_size > 1:
-        both = torch.cat([image_features, text_features, real[:, None].to(image_features.dtype)], dim=1)
-        all_images, all_texts, all_real = Gather.apply(both).split([D, D, 1], dim=1)
-        all_real = all_real[:, 0] > 0
-
-    labels = torch.arange(rank * B, (rank + 1) * B, device=real.device)
-    labels = labels.where(real, -100)  # -100: cross_entropy skips the row
+def clip_loss(image_features, text_features, logit_scale, decoded=None):
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, E), which it normalises.
+    logit_scale multiplies the cosines. Pairs that are not decoded (B,) bool are left out, as rows and as columns.
+    Each rank compares its own pairs with the pairs of all ranks. The mean of what the ranks return is the loss of
+    the whole batch, and the mean of their gradients, which DDP takes, is its gradient."""
+    B, (rank, world_size) = len(image_features), ranks()
+    gather = Gather.apply if world_size > 1 else lambda x: x
+    if decoded is None:
+        decoded = torch.ones(B, dtype=torch.bool, device=image_features.device)
+    images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    labels = torch.arange(rank * B, (rank + 1) * B, device=decoded.device)
+    labels, all_decoded = labels.where(decoded, -100), gather(decoded)   # cross_entropy skips labels of -100
     loss = 0
-    for ours, others in ((image_features, all_texts), (text_features, all_images)):
-        for rows, row_labels in zip(ours.split(LOSS_ROWS), labels.split(LOSS_ROWS)):
-            # Logits are not kept for the way back, but computed again: next to the encoders they cost nothing.
-            loss = loss + checkpoint(cross_entropy_sum, rows, others, logit_scale, row_labels, all_real,
-                                     use_reentrant=False, preserve_rng_state=False) / 2
-    return loss * world_size / all_real.sum().clamp(min=1)
+    for ours, others in ((images, gather(texts)), (texts, gather(images))):
+        logits = (logit_scale * ours @ others.T).masked_fill(~all_decoded, -math.inf)   # (B, world_size * B)
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
+    return loss * world_size / all_decoded.sum().clamp(min=1)
 
 
 # -----------------------------------------------------------------------------
@@ -634,11 +593,11 @@ def clip_loss(image_features, text_features, logit_scale, real=None):
 
 
 def make_optimizer(model, config):
-    """AdamW with decay on matrices only: not on biases, norms, other vectors, logit_scale."""
+    """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other vectors, logit_scale."""
     parameters = list(model.parameters())
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def learning_rate(step, total_steps, peak, warmup):
@@ -650,141 +609,18 @@ def learning_rate(step, total_steps, peak, warmup):
 
 
 # -----------------------------------------------------------------------------
-# Checkpoint. The order of the data, the crops and the masks follow from seed and step: there is no random state to
-# save, and a resumed run continues as if it had never stopped.
+# One step: noise, masks, features, loss, gradients, update.
 
 
-def save_checkpoint(path, **state):
-    """Writes a torch file; OSError if it can't be, and then the previous one is still there."""
-    with data.appearing(path) as file:
-        torch.save(state, file)
-
-
-def load_checkpoint(path):
-    """The dict of a torch file, on the CPU. ValueError with one line if it is missing, corrupt, or would run code."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on files that it then refuses
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more "
-                         "than tensors and plain values and could run code") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
-    return state
-
-
-# -----------------------------------------------------------------------------
-# Pictures of masks.
-
-
-def masked_pictures(images, keep, valid, patch_size):
-    """What the encoder sees of the first images of a batch: (B, H, W, 3) uint8 with the removed patches grey."""
-    if keep is None:
-        return data.denormalize(images)
-    (B, _, H, W), P = images.shape, patch_size
-    seen = torch.zeros(B, H // P * (W // P), dtype=torch.bool, device=keep.device)
-    seen.scatter_(1, keep[:B], True if valid is None else valid[:B])
-    seen = seen.view(B, H // P, W // P, 1).repeat_interleave(P, 1).repeat_interleave(P, 2)  # (B, H, W, 1)
-    return np.where(seen.cpu().numpy(), data.denormalize(images), np.uint8(128))
-
-
-def save_grid(path, grid, titles=(), tile=192):
-    """Writes rows of (H, W, 3) uint8 pictures as one PNG; titles stand above the columns."""
-    gap, head = 6, 18 if titles else 0
-    sheet = Image.new("RGB", (len(grid[0]) * (tile + gap) + gap, head + len(grid) * (tile + gap) + gap), "white")
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((gap + column * (tile + gap), 4), title, fill="black")
-    for r, row in enumerate(grid):
-        for c, picture in enumerate(row):
-            resample = Image.Resampling.NEAREST if len(picture) < tile else Image.Resampling.LANCZOS
-            picture = Image.fromarray(picture).resize((tile, tile), resample)
-            sheet.paste(picture, (gap + c * (tile + gap), head + gap + r * (tile + gap)))
-    sheet.save(path)
-
-
-def open_photo(path, size):
-    """A photograph as the model sees it in evaluation, (1, 3, size, size): upright, centre square, normalised."""
-    try:
-        with open(path, "rb") as file:
-            image = ImageOps.exif_transpose(data.decode_image(file.read())).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--show-masks {path}: {getattr(error, 'strerror', None) or error}") from None
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return data.normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
-
-
-def show_masks(config):
-    """Writes masks.png: a row a photograph, with its edges and what each mask keeps of it."""
-    stored = load_checkpoint(config.resume) if config.resume else {}
-    if stored and not {"model", "config"} <= stored.keys():
-        raise ValueError(f"--resume {config.resume}: weights only, not a checkpoint of this program")
-    for name in ("model", "image_size", "patch_size", "quick_gelu") if stored else ():
-        setattr(config, name, stored["config"][name])
-    torch.manual_seed(config.seed)
-    visual = CLIP(config).visual
-    if stored:
-        visual.load_state_dict(stored.get("ema") or {
-            name.removeprefix("visual."): x for name, x in stored["model"].items() if name.startswith("visual.")})
-    generator, P, grid = torch.Generator().manual_seed(config.seed), config.patch_size, []
-    for path in config.show_masks:
-        images = open_photo(path, config.image_size)
-        attention = class_attention(visual, images, config.ema_size)
-        edges = sobel_edges(images, P).view(2 * [config.image_size // P]).kron(torch.ones(P, P))     # (H, W)
-        row = [data.denormalize(images)[0], (edges * 255).byte()[..., None].expand(-1, -1, 3).numpy()]
-        for name in MASKS[1:]:
-            keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
-                                    edges=config.edges, transport=config.transport)
-            row.append(masked_pictures(images, keep, valid, P)[0])
-        grid.append(row)
-    os.makedirs(config.out, exist_ok=True)
-    path = os.path.join(config.out, "masks.png")
-    save_grid(path, grid, ("photograph", "Sobel edges", *MASKS[1:]))
-    print(f"wrote {path}" + ("" if stored else "; attentive: of an encoder that has learned nothing, see --resume"))
-
-
-# -----------------------------------------------------------------------------
-# Training.
-
-
-def gather_objects(thing):
-    """[thing of rank 0, thing of rank 1, ...] on every rank."""
-    things = [thing] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(things, thing)
-    return things
-
-
-class Report:
-    """Numbers of a step, means over the ranks, on their way from the device to us.
-
-    A GPU works on what it was given while Python runs ahead. Asking for a number makes Python wait for the GPU, and
-    then the GPU for Python. So a step's numbers are read when the step after it has been handed over.
-    """
-
-    def __init__(self, **numbers):
-        device = numbers["loss"].device
-        values = torch.stack([x.double() if isinstance(x, torch.Tensor) else  # full: a copy would have to wait
-                              torch.full((), x, dtype=torch.float64, device=device) for x in numbers.values()])
-        if dist.is_initialized():
-            dist.all_reduce(values)
-        self.names, self.values = list(numbers), (values / ranks()[1]).to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
-
-    def read(self):
-        """{name: float}."""
-        if self.arrived:
-            self.arrived.synchronize()
-        return dict(zip(self.names, self.values.tolist()))
+def autocast(device):
+    """bf16 on a GPU; on a CPU, float32 as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def step_noise(config, step, global_batch, device):
-    """This rank's rows of the mask noise of the whole global batch, (local batch, L + 1).
-
-    Drawn for all ranks and sliced: masks then depend neither on their number nor on --accum.
-    """
+    """This rank's rows of the mask noise of the whole global batch: (B, L + 1), uniform in [0, 1).
+    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The
+    seed is a hash of the run's seed and the step."""
     rank, world_size = ranks()
     L = (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
@@ -792,545 +628,367 @@ def step_noise(config, step, global_batch, device):
     return torch.rand(global_batch, L + 1, generator=generator, device=device).chunk(world_size)[rank]
 
 
-def autocast(device):
-    """bf16 on a GPU; on a CPU, float32 as it is."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
 @torch.no_grad()
 def batch_masks(config, visual, ema, images, noise, alpha):
-    """keep, valid for a local batch of uint8 images; what the masks look at is computed from the model as it is now."""
-    masks, P = [], config.patch_size
+    """keep (B, K), valid (B, K) or None of images (B, 3, H, W) uint8 with noise (B, L + 1); see `make_mask`."""
+    masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(images.device):
-        for pixels, part_noise in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # a forward pass each
+        for pixels, part in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # parts save memory
             pixels = data.normalize(pixels)
-            mixed = config.embeddings and config.mask in ("cluster", "pgs")
-            embeddings = visual.patch_tokens(pixels) if mixed else None
-            attention = class_attention(ema, pixels, config.ema_size) if config.mask == "attentive" else None
-            masks.append(make_mask(config.mask, pixels, config.ratio, patch_size=P, noise=part_noise, alpha=alpha,
-                                   embeddings=embeddings, attention=attention, edges=config.edges,
-                                   transport=config.transport))
+            masks.append(make_mask(
+                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=part, alpha=alpha,
+                embeddings=visual.patch_tokens(pixels) if mixed else None,
+                attention=class_attention(ema, pixels, config.ema_size) if config.mask == "attentive" else None,
+                edges=config.edges, transport=config.transport))
     keeps, valids = zip(*masks)
     return torch.cat(keeps), None if valids[0] is None else torch.cat(valids)
 
 
-def backward(model, images, tokens, keep, valid, real, accum):
-    """Computes the gradients of the loss of the whole batch in `accum` passes; returns this rank's loss.
-
-    One pass: the loss, backwards. More: features of all chunks without gradient, the loss and its gradient for the
-    features, then each chunk again, now with that gradient (GradCache, Gao et al. 2021). The result is exact.
-    """
-    def features(rows):
+def gradients(model, images, tokens, keep, valid, decoded, accum):
+    """Adds the gradients of the whole batch's loss to the parameters, in `accum` passes; returns this rank's loss.
+    images (B, 3, H, W) uint8, tokens (B, T), decoded (B,) bool. One pass: forward, loss, backward. More passes
+    (GradCache, Gao et al. 2021): features of all parts without gradient, the loss and its gradient at the
+    features, then each part again, backward from that gradient. The result is exact."""
+    def features(part):
         with autocast(images.device):
-            image, text, scale = model(data.normalize(images[rows]), tokens[rows],
-                                       None if keep is None else keep[rows], None if valid is None else valid[rows])
+            image, text, scale = model(data.normalize(images[part]), tokens[part],
+                                       *(x if x is None else x[part] for x in (keep, valid)))
         return image.float(), text.float(), scale
 
     if accum == 1:
-        loss = clip_loss(*features(slice(None)), real)
+        loss = clip_loss(*features(slice(None)), decoded)
         loss.backward()
         return loss.detach()
-    chunks = [slice(first, first + len(images) // accum) for first in range(0, len(images), len(images) // accum)]
+    size = len(images) // accum
+    parts = [slice(first, first + size) for first in range(0, len(images), size)]
     with torch.no_grad():
-        image, text, scale = zip(*(features(rows) for rows in chunks))
-    cached = [x.requires_grad_() for x in (torch.cat(image), torch.cat(text), scale[0])]
-    loss = clip_loss(*cached, real)
+        image, text, scale = zip(*(features(part) for part in parts))
+    image, text, scale = (x.requires_grad_() for x in (torch.cat(image), torch.cat(text), scale[0]))
+    loss = clip_loss(image, text, scale, decoded)
     loss.backward()
-    for rows in chunks:
-        last = rows is chunks[-1]
-        with nullcontext() if last or ranks()[1] == 1 else model.no_sync():  # the ranks' gradients meet once, at last
-            image, text, scale = features(rows)
-            # The temperature's gradient is already that of the whole batch: it goes in once, with the last chunk.
-            pairs = [(image, cached[0].grad[rows]), (text, cached[1].grad[rows])] + [(scale, cached[2].grad)] * last
-            torch.autograd.backward(*zip(*pairs))
+    for part in parts:
+        last = part is parts[-1]
+        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough. The
+        # gradient of the temperature belongs to all parts: it, too, goes in once.
+        with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
+            outputs = features(part)
+            scale_grad = scale.grad if last else torch.zeros_like(scale)
+            torch.autograd.backward(outputs, (image.grad[part], text.grad[part], scale_grad))
     return loss.detach()
 
 
-def train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha):
-    """One update on a local batch: (loss of this rank, keep, valid). Without noise, nothing is masked.
-
-    Nothing waits for the device, but once for a range of ratios: how many patches stay is known only there.
-    """
+def train_step(config, model, optimizer, ema, images, tokens, decoded, noise, alpha):
+    """One update on a local batch: (loss of this rank, keep, valid). noise=None: this step sees whole images.
+    Arguments as for `batch_masks` and `gradients`; tokens stay on the CPU. At a fixed ratio the CPU never waits
+    for the GPU in here; with a range it waits once per pass."""
     clip = getattr(model, "module", model)
-    images, real = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, real))
+    images, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, decoded))
     keep, valid = (None, None) if noise is None else batch_masks(config, clip.visual, ema, images, noise, alpha)
-    loss = backward(model, images, tokens, keep, valid, real, config.accum)
+    loss = gradients(model, images, tokens, keep, valid, decoded, config.accum)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        clip.logit_scale.clamp_(max=math.log(100))  # CLIP: keeps training stable
+    with torch.no_grad():  # CLIP's limit of 100, after the step: beyond a clamp in forward there is no gradient
+        clip.logit_scale.clamp_(max=math.log(100))
     if ema:
         update_ema(ema, clip.visual, alpha)
     return loss, keep, valid
 
 
-def describe(config, clip, world_size, steps_per_epoch, total_steps):
-    """The line that says what will happen."""
-    L = (config.image_size // config.patch_size) ** 2
-    removed = " to ".join(str(round(share * L)) for share in config.ratio) if config.mask != "none" else 0
-    return (f"{config.model}, {sum(p.numel() for p in clip.parameters()) / 1e6:.1f}M parameters | "
-            f"mask {config.mask}, {removed} of {L} patches removed | "
-            f"{world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
-            f"{steps_per_epoch} steps an epoch, {total_steps} in all")
-
-
-def kept_share(config, keep, valid):
-    """The share of the patches that the encoder sees, mean over the batch: a number, or a tensor on the device."""
-    if keep is None:
-        return 1.0
-    share = keep.shape[1] / (config.image_size // config.patch_size) ** 2
-    return share if valid is None else share * valid.float().mean()
-
-
-def write_names(config, step, names):
-    """Writes the names of a batch's samples, of all ranks, to a file in --out; returns its path."""
-    path = os.path.join(config.out, f"not_finite_step_{step}.txt")
-    names = gather_objects(names)
-    if ranks()[0] == 0:
-        with open(path, "w") as file:
-            file.writelines(f"{name}\n" for part in names for name in part)
-    return path
-
-
-def together(work):
-    """What work() returns, once all ranks are done with theirs; ValueError on all if one fails: none waits on."""
-    result, fault = None, ""
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        fault = data.message(error)
-    faults = list(filter(None, gather_objects(fault)))
-    if faults:
-        raise ValueError(faults[0])
-    return result
+# -----------------------------------------------------------------------------
+# The run: everything around the steps. Order, crops and masks depend only on seed and step, so no random
+# generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare` returns.
 
 
 def load_data(config):
-    """Shard paths and their index. Rank 0 alone draws the demo data, and prints."""
-    rank, _ = ranks()
-    together(lambda: not config.data and rank == 0 and data.make_demo("demo"))
+    """Shard paths and their index, (N,) of data.INDEX. ValueError if too many shards or samples are broken."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # torchrun numbers the processes of each machine
+    if dist.is_initialized() and not first:
+        dist.barrier()  # the first process of the machine draws and indexes; then the others read its files
+    if not config.data:
+        data.make_demo("demo")
     shards = data.expand(config.data or ("demo/train/*.tar",))
-    cache, found = os.path.join(config.out, "index.npz"), None
-    reads_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for my_turn in (reads_first, not reads_first):  # one rank of each machine reads the shards, the others its cache
-        found = together(lambda: data.build_index(shards, config.max_bad, cache, config.workers, progress=rank == 0)
-                         if my_turn else found)
-    index, remarks = found
-    for line in remarks if rank == 0 else ():
+    index, warnings = data.build_index(shards, config.max_bad, config.out, config.workers, ranks()[0] == 0)
+    if dist.is_initialized() and first:
+        dist.barrier()
+    for line in warnings if ranks()[0] == 0 else ():
         print("warning:", line)
     return shards, index
 
 
-def load_tokenizer(config, shards, index, merges=None):
-    """CLIP's own with --vocab, that of the checkpoint if we resume (`merges`), or one learned from the captions."""
-    if config.vocab and merges is None:
-        return data.Tokenizer.from_file(config.vocab, config.context_length)
-    if merges is None and ranks()[0] == 0:
-        merges = data.learn_merges(data.sample_captions(shards, index), config.vocab_size - 514)
-    return data.Tokenizer(gather_objects(merges)[0], config.context_length)
-
-
-# Options that may change in the middle of a run: they do not change what is learned. batch_size and accum may if the
-# number of ranks changes with them: what counts is their product, which the checkpoint has as global_batch.
-FREE = ("val", "vocab", "vocab_size", "max_bad", "batch_size", "accum", "workers", "out", "save_every", "keep",
-        "resume", "force", "grad_checkpointing", "compile", "bench", "show_masks")
-
-
-def resume_state(config, global_batch):
-    """The checkpoint to go on from, or {}. ValueError if an option that changes the result differs from it."""
-    if not config.resume:
-        return {}
-    state = load_checkpoint(config.resume)
-    if not {"model", "optimizer", "step", "config", "global_batch", "num_samples"} <= state.keys():
-        raise ValueError(f"--resume {config.resume}: weights only, no state of a training run")
-    then, now = state["config"], asdict(config)
-    changed = [f"--{name.replace('_', '-')} was {then[name]}, now {now[name]}"
-               for name in then if name in now and name not in FREE and then[name] != now[name]]
-    if state["global_batch"] != global_batch:
-        changed.append(f"images a step (ranks x --batch-size x --accum) were {state['global_batch']}, "
-                       f"now {global_batch}")
-    if changed and not config.force:
-        raise ValueError(f"--resume {config.resume}: {'; '.join(changed)}. --force goes on all the same")
-    return state
-
-
-def open_log(path, step):
-    """The log, open for appending, cut back to the checkpoint's step: what came later will be done again."""
-    lines = []
-    if step and os.path.exists(path):
-        with open(path, "rb") as file:
-            lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    with data.appearing(path) as file:
-        file.writelines(lines)
-    return open(path, "a", buffering=1)
-
-
-class Stop:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the next step; a second one exits at once."""
-
-    def __init__(self):
-        self.signal, self.time = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
-
-    def request(self, number, frame):
-        # A Ctrl-C comes twice, from the terminal and from torchrun: two signals within a second are one.
-        if self.signal and time.monotonic() - self.time > 1:
-            os._exit(128 + number)
-        self.signal, self.time = number, time.monotonic()
-
-
 def build(config, state, device):
     """(clip, model, optimizer, ema): new ones, or as the checkpoint `state` has them.
-
-    model is clip itself, or clip with gradients averaged over the ranks if there are several; ema is the encoder of the
-    attentive mask, else None.
-    """
+    model is clip, or clip in DDP if there are several ranks; ema is the encoder of the attentive mask, or None."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     optimizer = make_optimizer(clip, config)
     if state:
-        try:
-            clip.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:  # --force can do much, but not change the shape of tensors
-            raise ValueError(f"--resume {config.resume}: does not fit this model: "
-                             f"{str(error).splitlines()[-1].strip()}") from None
+        clip.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
     if ema and state.get("ema"):
         ema.load_state_dict(state["ema"])
     if config.compile:
-        # Layers of a tower share one compiled graph. Towers, last layers, lengths and evaluation make about a dozen;
-        # past its limit, 8, torch would run the rest uncompiled.
-        torch._dynamo.config.cache_size_limit = 32
-        torch._dynamo.config.optimize_ddp = False  # would split larger graphs, for DDP, and stumble over Pack
+        torch._dynamo.config.cache_size_limit = 32  # versions of a function; we need about 12, the default is 8
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
-    # Without device_ids, with which DDP would wait for the tokens to be on the GPU.
-    model = DistributedDataParallel(clip) if ranks()[1] > 1 else clip
-    return clip, model, optimizer, ema
+    # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
+    return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema
 
 
-def epoch_batches(config, shards, index, tokenizer, epoch, steps):
-    """(loader, samples): this rank's batches `steps`, a range, of an epoch, and all its sample numbers (steps, B)."""
-    rank, world_size = ranks()
-    local_batch = config.batch_size * config.accum
-    num_steps = len(index) // (local_batch * world_size)  # what is left over waits for another epoch
-    order = data.epoch_order(index, config.seed, epoch)[:num_steps * local_batch * world_size]
-    samples = order.reshape(num_steps, world_size, local_batch)[:, rank]
-    batches = data.Batches(shards, index, samples, tokenizer, config.image_size, config.scale, (config.seed, epoch))
+def prepare(config, state, device):
+    """A run, new or as the checkpoint `state` has it. What can be checked before work starts is checked here."""
+    for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
+        evaluate.read_folder(folder)
+    os.makedirs(config.out, exist_ok=True)
+    shards, index = load_data(config)
+    global_batch = config.batch_size * config.accum * ranks()[1]
+    if global_batch > len(index):
+        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step of {len(index)} samples")
+    for name, what, now in (("global_batch", "images per step (ranks x --batch-size x --accum)", global_batch),
+                            ("num_samples", "samples", len(index))):
+        if state and state[name] != now:
+            raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what}, now there are {now}; "
+                             "the number must be the same")
+    if "merges" in state:
+        tokenizer = data.Tokenizer(state["merges"], config.context_length)
+    elif config.vocab:
+        tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
+    else:
+        captions = data.sample_captions(shards, index)
+        tokenizer = data.Tokenizer(data.learn_merges(captions, config.vocab_size - 514), config.context_length)
+    config.vocab_size = tokenizer.vocab_size
+    clip, model, optimizer, ema = build(config, state, device)
+    steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    unmasked_steps = total_steps if config.mask == "none" else round(config.unmasked_epochs * steps_per_epoch)
+    return SimpleNamespace(
+        config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, clip=clip, model=model,
+        optimizer=optimizer, ema=ema, step=state.get("step", 0), global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
+
+
+def open_log(path, step):
+    """The log, open for appending. Lines after the checkpoint's step are removed: those steps will be repeated."""
+    lines = []
+    if step and os.path.exists(path):
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    with data.write_whole(path) as file:
+        file.writelines(lines)
+    return open(path, "a", buffering=1)
+
+
+def save(run, name):
+    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then still there."""
+    if ranks()[0] == 0:
+        with data.write_whole(os.path.join(run.config.out, name)) as file:
+            torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
+                            ema=run.ema and run.ema.state_dict(), config=asdict(run.config),
+                            merges=run.tokenizer.merges, step=run.step, progress=run.step / run.total_steps,
+                            global_batch=run.global_batch, num_samples=len(run.index)), file)
+
+
+def mean_over_ranks(device, *numbers):
+    """(len(numbers),) float64: the means over the ranks, still on the device; reading them waits for the step."""
+    values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True) for x in numbers])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values / ranks()[1]
+
+
+def kept_share(config, keep, valid):
+    """The share of the patches that the encoder sees, mean over the batch: a float or a tensor on the device."""
+    share = 1.0 if keep is None else keep.shape[1] / (config.image_size // config.patch_size) ** 2
+    return share if valid is None else share * valid.float().mean()
+
+
+def train_epoch(run, epoch, log, requests):
+    """Trains to the end of the epoch, or until a rank has a signal in `requests`; True if that was so.
+    Each step adds a line of json to the file `log`. ValueError if too many samples do not decode."""
+    config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
+    steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
+    order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
+    batches = data.Batches(run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank],
+                           run.tokenizer, config.image_size, config.scale, (config.seed, epoch))
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
                                          pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
-    return loader, samples
-
-
-def account(config, shards, epoch, read, lost):
-    """Reports the samples of an epoch that did not decode; ValueError if they were more than the share max_bad.
-
-    read: Counter of the samples that this rank read from each shard's number; lost: list of (shard number, cause).
-    """
-    reads, losts = zip(*gather_objects((read, lost)))
-    read, lost = sum(reads, Counter()), sum(losts, [])
-    if not lost:
-        return
-    lines = [f"epoch {epoch + 1}: {len(lost)} of {read.total()} samples skipped"]
-    lines += [f"{n:8}  {cause}" for cause, n in Counter(cause for _, cause in lost).most_common(10)]
-    bad = Counter(shard for shard, _ in lost)
-    lines += [f"{shards[shard]}: none of its {n} samples decodes" for shard, n in bad.items() if n == read[shard]]
-    if len(lost) > config.max_bad * read.total():
-        raise ValueError("\n".join([*lines, f"more than --max-bad {config.max_bad} of the samples: stopped"]))
-    if ranks()[0] == 0:
-        print("\n".join(lines))
-
-
-def train(config, device):
-    """Trains a model as `config` says and leaves ckpt.pt, log.jsonl and masks.png in config.out."""
-    import evaluate  # here, because evaluate.py imports this file
-
-    rank, world_size = ranks()
-    global_batch = config.batch_size * config.accum * world_size
-    state = resume_state(config, global_batch)
-    if config.data:  # check before work starts; the demo's folders may have yet to be drawn
-        for folder in config.val:
-            evaluate.read_folder(folder)
-    try:
-        os.makedirs(config.out, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {config.out}: {error.strerror}; name a folder that can be made") from None
-    shards, index = load_data(config)
-    if state and state["num_samples"] != len(index) and not config.force:
-        raise ValueError(f"--resume {config.resume}: the data had {state['num_samples']} samples, now {len(index)}. "
-                         "--force goes on all the same")
-    steps_per_epoch = len(index) // global_batch
-    if not steps_per_epoch:
-        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images a step of only {len(index)} samples")
-    total_steps = config.steps or config.epochs * steps_per_epoch
-    masked_steps = total_steps - round(config.unmasked_epochs * steps_per_epoch)
-    tokenizer = load_tokenizer(config, shards, index, state.get("merges"))
-    config.vocab_size = tokenizer.vocab_size
-
-    step = state.get("step", 0)
-    clip, model, optimizer, ema = build(config, state, device)
-    state.clear()  # gigabytes that the model and the optimizer hold themselves by now
-
-    def save(name):
-        save_checkpoint(os.path.join(config.out, name), model=clip.state_dict(), optimizer=optimizer.state_dict(),
-                        ema=ema and ema.state_dict(), config=asdict(config), merges=tokenizer.merges, step=step,
-                        global_batch=global_batch, num_samples=len(index))
-
-    def evaluate_all():
-        return {folder: evaluate.evaluate(clip, tokenizer, config, folder, rank, world_size) for folder in config.val}
-
-    if rank == 0:
-        log = open_log(os.path.join(config.out, "log.jsonl"), step)
-        print(describe(config, clip, world_size, steps_per_epoch, total_steps), flush=True)
-
-    def settle(ahead):
-        """Reads and logs all but the last `ahead` reports; all of them, and True, if a signal has reached any rank."""
-        signalled = False
-        while len(reports) > ahead:
-            report, record, samples = reports.popleft()
-            numbers = report.read()
-            if numbers.pop("signalled"):
-                signalled, ahead = True, 0
-            if not math.isfinite(numbers["loss"]):
-                names = write_names(config, record["step"], data.sample_names(shards, index, samples))
-                raise ValueError(f"step {record['step']}: the loss is {numbers['loss']}; no checkpoint has seen this "
-                                 f"step. Its samples are in {names}")
-            latest.update(record | numbers)
-            if rank == 0:
-                log.write(json.dumps(latest) + "\n")
-                bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {record['images_per_s']:.0f} images/s", refresh=False)
-                bar.update()
-        return signalled
-
-    stop, reports, latest, results = Stop(), deque(), {}, {}
-    while step < total_steps:
-        epoch, first = divmod(step, steps_per_epoch)
-        last = min(steps_per_epoch, first + total_steps - step)
-        loader, samples = epoch_batches(config, shards, index, tokenizer, epoch, range(first, last))
-        bar = tqdm(total=last, initial=first, desc=f"epoch {epoch + 1}/{math.ceil(total_steps / steps_per_epoch)}",
-                   disable=rank > 0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-                                                "[{elapsed}<{remaining}{postfix}]")
-        lost, tick = [], time.perf_counter()
-        for batch, (images, tokens, real, bad) in zip(range(first, last), loader):
-            alpha = step / total_steps
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total_steps, config.lr, config.warmup)
-            masked = step < masked_steps and config.mask != "none"
-            noise = step_noise(config, step, global_batch, device) if masked else None
-            loss, keep, valid = train_step(config, model, optimizer, ema, images, tokens, real, noise, alpha)
-            step += 1
-
-            images_per_s = round(global_batch / (time.perf_counter() - tick), 1)
-            tick = time.perf_counter()
-            record = dict(step=step, epoch=epoch + 1, lr=group["lr"], images_per_s=images_per_s)
-            report = Report(loss=loss, logit_scale=clip.logit_scale.exp().detach(),
-                            kept=kept_share(config, keep, valid), signalled=bool(stop.signal))
-            reports.append((report, record, samples[batch]))
-            lost += [(int(index["shard"][samples[batch][i]]), cause) for i, cause in bad]
-            if rank == 0 and batch == first and (keep is not None or config.mask == "none"):
-                shown = data.normalize(images[:8].to(device))
-                save_grid(os.path.join(config.out, "masks.png"),
-                          [data.denormalize(shown), masked_pictures(shown, keep, valid, config.patch_size)])
-            save_now, ended = step % config.save_every == 0, batch + 1 == last
-            stopping = settle(ahead=0 if save_now or ended else 1)
-            if rank == 0 and (save_now or stopping) and not ended:
-                save("ckpt.pt")
-            if stopping:
-                break
-        bar.close()
-        if not ended:  # a signal, in the middle of an epoch
+    bar = tqdm(total=steps.stop, initial=first, disable=rank > 0,
+               desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+    numbers, stopped, num_read, num_lost, causes, tick = None, False, 0, 0, Counter(), time.perf_counter()
+    for batch in itertools.chain(loader, [None]):  # None: the epoch has ended
+        # The numbers of a step are read when the next batch has arrived: reading waits for the GPU, which had work
+        # until then. So no checkpoint holds a step whose numbers are wrong.
+        if numbers is not None:
+            loss, logit_scale, kept, lost, requested = numbers.tolist()
+            if not math.isfinite(loss):
+                raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
+            images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
+            run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1), loss=loss,
+                              logit_scale=logit_scale, kept=kept)
+            log.write(json.dumps(run.record) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
+            bar.update()
+            num_read, num_lost = num_read + run.global_batch, num_lost + round(lost * world_size)
+            stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
+            if stopped or batch is None or run.step % config.save_every == 0:
+                save(run, "ckpt.pt")
+        if stopped or batch is None:
             break
+        images, tokens, decoded, bad, fault = batch
+        if fault:
+            raise OSError(fault)
+        causes.update(bad)
+        lr, alpha = learning_rate(run.step, run.total_steps, config.lr, config.warmup), run.step / run.total_steps
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        masked = run.step < run.masked_steps
+        noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
+        loss, keep, valid = train_step(config, run.model, run.optimizer, run.ema, images, tokens, decoded, noise,
+                                       alpha)
+        if numbers is None and rank == 0:
+            seen = images[:8], evaluate.masked(images[:8], keep, valid, config.patch_size)
+            evaluate.sheet(f"{config.out}/masks.png", [("", [(x, "", "white") for x in row]) for row in seen])
+        run.step += 1
+        numbers = mean_over_ranks(run.device, loss, run.clip.logit_scale.exp(), kept_share(config, keep, valid),
+                                  len(bad), bool(requests))
+    bar.close()
+    if num_lost:
+        lines = [f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; the causes on rank {rank}:"]
+        lines += [f"{n:8}  {cause}" for cause, n in causes.most_common(10)]
+        if num_lost > config.max_bad * num_read:
+            raise ValueError("\n".join([*lines, f"more than --max-bad {config.max_bad} of the samples: stopped"]))
+        print("\n".join(lines)) if rank == 0 else None
+    return stopped
 
-        if rank == 0:
-            if config.keep and batch + 1 == steps_per_epoch:
-                save(f"epoch_{epoch + 1}.pt")
-            save("ckpt.pt")
-        account(config, shards, epoch, Counter(index["shard"][samples[first:last]].ravel().tolist()), lost)
-        results = evaluate_all()
-        if rank == 0 and results:
-            log.write(json.dumps(latest | {"eval": results}) + "\n")
-        if stopping:
-            break
-    if step < total_steps:
-        message = f"stopped after step {step} of {total_steps}; go on with the same command and --resume"
-        sys.exit(message if rank == 0 else 1)
-    results = results or evaluate_all()  # none yet: resumed at the very end
-    if rank == 0:
-        if results:
-            print(evaluate.table(results))
-        path = os.path.join(config.out, "ckpt.pt")
-        print(f"wrote {path}; now: python evaluate.py {path}")
+
+def train(config, state, device):
+    """Trains a model as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and masks.png in config.out."""
+    run, (rank, world_size) = prepare(config, state, device), ranks()
+    state.clear()  # free the checkpoint: its tensors have been copied
+    results, requests = {}, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
+        signal.signal(number, lambda number, frame: requests.append(number))
+    log = open(os.devnull, "w") if rank else open_log(os.path.join(config.out, "log.jsonl"), run.step)
+    L = (config.image_size // config.patch_size) ** 2
+    removed = " to ".join(str(round(share * L)) for share in config.ratio) if config.mask != "none" else 0
+    say = print if rank == 0 else lambda *lines, **options: None
+    say(f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | "
+        f"mask {config.mask}, {removed} of {L} patches removed | "
+        f"{world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
+        f"{run.steps_per_epoch} steps per epoch, {run.total_steps} in all", flush=True)
+    while run.step < run.total_steps:
+        epoch = run.step // run.steps_per_epoch
+        stopped = train_epoch(run, epoch, log, requests)
+        ended = run.step == run.total_steps or run.step % run.steps_per_epoch == 0
+        if ended:
+            if config.keep_epochs:
+                save(run, f"epoch_{epoch + 1}.pt")
+            results = {folder: evaluate.evaluate(run.clip, run.tokenizer, config, folder, rank, world_size)
+                       for folder in config.val}
+            if results:
+                log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+        if stopped and run.step < run.total_steps:
+            sys.exit(f"stopped after step {run.step} of {run.total_steps}; go on with --resume" if rank == 0 else 1)
+    if results:
+        say(evaluate.table(results))
+    say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
 
 
 # -----------------------------------------------------------------------------
-# Bench: what a training step costs under each mask, on one made-up batch that lies in memory.
-
-# Training time relative to CLIP's, as the papers report it (Pei et al. 2025); the last is their CLIP-PGS_0.3.
-PAPERS = {("none", (0.0,)): 1.0, ("random", (0.5,)): 0.5, ("cluster", (0.5,)): 0.6, ("attentive", (0.5,)): 1.1,
-          ("pgs", (0.5,)): 0.5, ("pgs", (0.3, 0.5)): 0.6}
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
+# Pictures of masks, and main.
 
 
-def made_up_batch(config):
-    """(images, tokens, real) on the CPU: noise of two scales, which leaves a range of ratios something to decide, and
-    captions as long as CC12M's, 25 tokens on average.
-    """
-    B, size = config.batch_size * config.accum, config.image_size
-    blobs = F.interpolate(torch.rand(B, 3, 28, 28), (size, size), mode="bicubic")
-    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte()
-    lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
-    place, end = torch.arange(config.context_length), config.vocab_size - 1
-    tokens = torch.randint(1, end, (B, config.context_length))
-    tokens = tokens.where(place < lengths - 1, 0).where(place != lengths - 1, end)
-    batch = images, tokens, torch.ones(B, dtype=torch.bool)
-    return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
-
-
-def peak_memory(device):
-    """GiB held at most since the last call: by the tensors of a GPU, else by the whole process (Linux, else nan)."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 2 ** 30
-    if not os.path.exists("/proc/self/clear_refs"):
-        return math.nan
-    with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # forgets the highest point (proc(5)), when the file is closed: after the next line
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20  # from kB
-
-
-def bench(config, device):
-    """Prints a Markdown table with a row a mask: images/s, time against `none`, the mask's share, memory, FLOP/s.
-
-    Rounds go over all masks in turn, so that a machine that slows down does so for all; times are medians.
-    """
-    chosen = [("none", (0.0,))] + [(mask, config.ratio) for mask in MASKS[1:]] + [("pgs", (0.3, 0.5))]
-    chosen = [row for row in dict.fromkeys(chosen) if config.mask in (row[0], "") or row[0] == "none"]
-    rank, world_size = ranks()
-    # The EMA encoder is in the memory of all rows. No learning: random pixels would drive all patches to one embedding.
-    clip, model, optimizer, ema = build(replace(config, mask="attentive", lr=0.0), {}, device)
-    images, tokens, real = made_up_batch(config)
-    global_batch = len(images) * world_size
-    noise, alpha, on_gpu = step_noise(config, 0, global_batch, device), 0.5, device.type == "cuda"
-    synchronize = torch.get_device_module(device).synchronize  # of a CPU: does nothing
-
-    def timed(work):
-        synchronize()
-        start = time.perf_counter()
-        result = work()
-        synchronize()
-        return time.perf_counter() - start, result
-
-    rounds, warmup = config.steps or (20 if on_gpu else 3), 3 if on_gpu else 1
-    seconds, memory, kept, flops = {row: [] for row in chosen}, {}, {}, {}
-    turns = [(number, row) for number in range(-warmup, rounds) for row in chosen]
-    for number, row in tqdm(turns, "bench", unit=" steps", leave=False, disable=rank > 0):
-        this = replace(config, mask=row[0], ratio=row[1])
-        masked, teacher = row[0] != "none", ema if row[0] == "attentive" else None
-        peak_memory(device)
-        step_time, (loss, keep, valid) = timed(lambda: train_step(
-            this, model, optimizer, teacher, images, tokens, real, noise if masked else None, alpha))
-        memory[row], kept[row] = peak_memory(device), float(kept_share(this, keep, valid))
-        on_device = images.to(device)
-        mask_time, _ = timed(lambda: masked and batch_masks(this, clip.visual, ema, on_device, noise, alpha))
-        if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
-            with (torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter,
-                  torch.compiler.set_stance("force_eager")):
-                clip(data.normalize(on_device), tokens, keep, valid)
-            flops[row] = 3 * counter.get_total_flops()  # the way back costs twice the way there
-        if number >= 0:
-            seconds[row].append((step_time, mask_time))
-    if rank > 0:
-        return
-
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
-    print(f"{config.model} at {config.image_size}, {world_size} x {len(images)} images, {rounds} rounds"
-          f"{', compiled' * config.compile}, PyTorch {torch.__version__}, {name}")
-    table, (base, _) = [], np.median(seconds[chosen[0]], axis=0)
-    for row in chosen:
-        step_time, mask_time = np.median(seconds[row], axis=0)
-        cells = {"mask": row[0], "ratio": " ".join(map(str, row[1])), "kept": f"{kept[row]:.2f}",
-                 "images/s": f"{global_batch / step_time:.1f}", "time": f"{step_time / base:.2f}",
-                 "papers": PAPERS.get(row, ""), "in mask": f"{mask_time / step_time:.1%}", "GiB": f"{memory[row]:.1f}"}
-        if on_gpu:
-            tflops = flops[row] / step_time / 1e12
-            peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), math.nan)
-            cells |= {"TFLOP/s": f"{tflops:.0f}", "MFU": f"{tflops / peak:.1%}"}
-        table.append(cells)
-    for line in (table[0], ["--------:"] * len(table[0]), *(cells.values() for cells in table)):
-        print("| " + " | ".join(f"{cell:>9}" for cell in line) + " |")
-
-
-# -----------------------------------------------------------------------------
-# Main.
+def show_masks(config, state):
+    """Writes masks.png to --out: a row per photograph, with its edges and what each mask keeps of it.
+    With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
+    torch.manual_seed(config.seed)
+    clip, P, rows = CLIP(config), config.patch_size, []
+    if state:
+        clip.load_state_dict(state["model"])
+        clip.visual.load_state_dict(state["ema"] or clip.visual.state_dict())
+    generator = torch.Generator().manual_seed(config.seed)
+    for path in config.show_masks:
+        pixels = evaluate.open_photo(path, config.image_size)[None]                     # (1, 3, H, W) uint8
+        images = data.normalize(pixels)
+        attention, edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
+        embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
+        tiles = [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges")]
+        for name in MASKS[1:]:
+            keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
+                                    embeddings=embeddings, alpha=state.get("progress", 0.0), edges=config.edges,
+                                    transport=config.transport)
+            tiles.append((evaluate.masked(pixels, keep, valid, P)[0], name))
+        rows.append(("", [(*tile, "white") for tile in tiles]))
+    os.makedirs(config.out, exist_ok=True)
+    evaluate.sheet(f"{config.out}/masks.png", rows)
+    print(f"wrote {config.out}/masks.png" + ("" if state else "; attentive's encoder is untrained, see --resume"))
 
 
 def parse(arguments):
-    """A Config from the command line. Without --data, what DEMO says takes the place of the defaults."""
+    """(Config, checkpoint to go on from or {}) of a command line.
+    Without --data, DEMO takes the place of the defaults. With --resume, the options of its run do."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      epilog="Without --data, the demo has other defaults: " +
                                      ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     for f in fields(Config):
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         how = dict(metavar="X", type=type(f.default), nargs="?" if f.name == "resume" else None)
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             how = dict(metavar="X", type=float if f.default else str, nargs="+")
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=f"{f.metadata['help']} (default: {shown or 'none'})")
-    options = parser.parse_args(arguments)
-    if options.bench:  # all masks
-        parser.set_defaults(mask="", batch_size=512 if torch.cuda.is_available() else 16)
-    elif not options.data and not options.show_masks:
+                            help=f"{f.metadata['help']} (default: {'none' if shown == '' else shown})")
+    options, state = parser.parse_args(arguments), {}
+    if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
-    options = parser.parse_args(arguments)
-    if options.resume is None:  # --resume without a path
+    if options.resume is None:  # --resume without a file
         path = os.path.join(options.out, "ckpt.pt")
         options.resume = path if os.path.exists(path) else ""
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()})
+    if options.resume:
+        state = evaluate.read_checkpoint(options.resume)
+        if not {"model", "optimizer", "config", "merges", "global_batch"} <= state.keys():
+            raise ValueError(f"--resume {options.resume}: weights only, no state of a training run")
+        then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
+    options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
 
 
 def main():
-    """Trains; one process a rank under torchrun, else alone."""
-    config = parse(sys.argv[1:])
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    """Entry point: one process, or one per rank under torchrun."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    fault = None
+    fault, patience = None, 0
     try:
+        config, state = parse(sys.argv[1:])
         check(config)
         if config.show_masks:
-            return show_masks(config)
+            return show_masks(config, state)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention instead: no plan to make for each length
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, flash attention does not
         if world_size > 1:
-            # Long enough for one rank to read the index of a large data set while the others wait.
+            # The limit is 30 minutes: one process may have to read the shards of a large data set first.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        (bench if config.bench else train)(config, device)
-    except SystemExit as stop:  # a signal has ended the training
+        train(config, state, device)
+    except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         fault = stop.code
-    except (ValueError, OSError) as error:
-        fault = f"error: {data.message(error)}"
-    except KeyboardInterrupt:  # before there is a step to finish
-        fault = "interrupted before training began"
-    except torch.OutOfMemoryError:
-        fault = "error: out of GPU memory; half the --batch-size and twice the --accum make the same update with less"
-    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, no Triton
-        fault = f"error: --compile: {str(error).splitlines()[0]}"
-    except Exception:  # a bug
-        fault = traceback.format_exc()
-    if world_size > 1:
-        # Without Python's orderly end. There NCCL may wait for a rank that waits for us, and gloo's threads abort the
-        # process if they let go of a tensor then: DDP leaks the process group, so destroying it stops neither.
-        if isinstance(fault, str):
-            sys.stderr.write(f"{fault}\n")
-        sys.stdout.flush()
-        os._exit(1 if fault else 0)
-    if fault:
+    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        fault, patience = f"error: {data.message(error)}", min(rank, 1)
+    except Exception:  # a bug, or the end of the connection to a rank that has failed
+        fault, patience = traceback.format_exc(), 5
+    if world_size == 1:
         sys.exit(fault)
+    # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost the
+    # connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for their end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(patience if fault else 0)
+    print(fault if isinstance(fault, str) else "", file=sys.stderr, end="\n" * isinstance(fault, str))
+    sys.stdout.flush()
+    os._exit(1 if fault else 0)  # a normal exit can hang in NCCL, and gloo's threads can abort the process
 
 
 if __name__ == "__main__":

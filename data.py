@@ -2,13 +2,11 @@
 
     python data.py pack captions.tsv OUT     make shards of a list of `image path <TAB> caption`
     python data.py demo OUT                  draw the demo data set
-    python data.py bench SHARDS              how many images a core reads, decodes, augments and tokenises a second
 
-The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption to token
-ids, the batch; and last the shards that we write ourselves, the demo's among them.
+The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption to
+token ids, the batch; and last the shards that we write ourselves, the demo's among them.
 """
 import argparse
-import gc
 import glob
 import gzip
 import heapq
@@ -22,40 +20,39 @@ import re
 import secrets
 import shutil
 import signal
-import struct
 import sys
 import tarfile
-import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB; all CLIP weights expect them
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# -----------------------------------------------------------------------------
+# Files.
+
 
 @contextmanager
-def appearing(path, part=".part"):
-    """A binary file to write, which gets its name only when it is whole and on disk; OSError if it can't be."""
+def write_whole(path, part=".part"):
+    """A binary file to write, which gets its name only when it is whole and on disk. OSError if it can't be."""
     try:
         with open(path + part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + part, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, has to reach the disk
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a disk that fills up while it writes
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         cause = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"{path}: could not be written ({cause}); one from before, if any, is untouched") from None
     finally:
@@ -63,19 +60,25 @@ def appearing(path, part=".part"):
             os.remove(path + part)
 
 
+def message(error):
+    """The line of an error that a user gets to see: of the system's errors, the file and the cause."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    named = getattr(error, "filename", None)
+    return f"{named}: {error.strerror}" if named else str(error)
+
+
 # -----------------------------------------------------------------------------
-# Shards. A tar is a chain of 512-byte headers, each followed by its file: reading the headers alone tells where
-# every image and caption lies. With that index, any sample is one read away and an epoch is a permutation of it.
+# Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells where every image
+# and caption lies. With that index, any sample is one read away, and an epoch is a permutation of the samples.
 
 
 def expand(patterns):
     """The shard paths that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
-
-    Raises ValueError for a pattern that matches nothing or a path that is not there.
-    """
+    ValueError for a pattern that matches nothing or a path that is not there."""
     paths = []
     for pattern in patterns:
-        for path in _braces(pattern):
+        for path in expand_braces(pattern):
             if os.path.isdir(path):
                 raise ValueError(f"--data {path}: a folder; name the shards in it, such as '{path.rstrip('/')}/*.tar'")
             found = [path] if os.path.exists(path) else sorted(glob.glob(path))
@@ -86,7 +89,7 @@ def expand(patterns):
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
 
-def _braces(pattern):
+def expand_braces(pattern):
     """'a{00..02}.tar' -> a00.tar, a01.tar, a02.tar; numbers keep their width. Several ranges multiply."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
@@ -96,70 +99,77 @@ def _braces(pattern):
         raise ValueError(f"--data {pattern}: the range {found.group()} is empty")
     numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
     heads = (pattern[:found.start()] + number for number in numbers)
-    return [path for head in heads for path in _braces(head + pattern[found.end():])]
-
-
-HEADER = struct.Struct("100s 24x 12s 20x c 100x 6s 82x 155s 12x")  # name, size, kind, magic, prefix; POSIX.1
+    return [path for head in heads for path in expand_braces(head + pattern[found.end():])]
 
 
 def tar_members(path):
     """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
-
-    Raises ValueError that names the shard where the tar ends too early or something else than a header stands;
-    what was yielded before that is whole. Names are only ever used as labels, never as paths on disk.
-    """
-    total = os.path.getsize(path)
-    if total == 0:
-        raise ValueError(f"{path}: empty file, not a tar")
-    offset, long_name, page, at, end = 0, None, b"", 0, -1  # end: of the last header within the page
-    with open(path, "rb", buffering=0) as file:
-        while offset + 512 <= total:
-            # A data set has tens of millions of headers; reading each by itself would take most of the time. A page
-            # nearly always holds a caption's header and the next image's; where headers are close, several are read.
-            if offset > end:
-                page, at = os.pread(file.fileno(), 65536 if offset < end + 4096 else 4096, offset), offset
-                end = at + len(page) - 512
-                if end < at:  # the file has shrunk meanwhile
-                    break
-            name, size, kind, magic, prefix = HEADER.unpack_from(page, offset - at)
-            if magic[:5] != b"ustar":
-                if not any(page[offset - at:offset - at + 512]):
-                    return
-                raise ValueError(f"{path}: not a tar (no header at byte {offset})")
-            digits = size.strip(b" \0")
-            if digits.strip(b"01234567"):  # int() would take a sign: a negative size sends us in circles
-                raise ValueError(f"{path}: not a tar (a header without a size, or with one of 8 GiB and more)")
-            size = int(digits or b"0", 8)
-            start, offset = offset + 512, offset + 512 + (size + 511) // 512 * 512
-            if start + size > total:
-                break
-            if kind in b"0\0":
-                name = name.partition(b"\0")[0]
-                if magic == b"ustar\0" and prefix[0]:
-                    name = prefix.partition(b"\0")[0] + b"/" + name
-                yield (long_name or name).decode("utf-8", "replace"), start, size
-            long_name = None
-            if kind in b"Lx":  # the next member's name is longer than a header holds (GNU's way, POSIX's way)
-                text = os.pread(file.fileno(), size, start)
-                found = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else None
-                long_name = text.rstrip(b"\0") if kind == b"L" else found[1] if found else None
-    raise ValueError(f"{path}: truncated, the tar breaks off at byte {total}")
+    ValueError that names the shard where the tar is damaged; what was yielded before that is whole. Names are only
+    ever used as labels, never as paths on disk."""
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                at = -1
+                for member in iter(tar.next, None):
+                    tar.members = []  # else tarfile keeps them all
+                    if member.offset <= at:
+                        raise ValueError("a header with a negative size")
+                    at = member.offset
+                    if member.isfile():
+                        yield member.name, member.offset_data, member.size
+                end = tar.offset
+        except OSError:
+            raise  # the disk's fault
+        except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
+            cut = "truncated" if re.search("truncated|end of data", str(error)) else what_it_is(path)
+            raise ValueError(f"{path}: {cut} ({error})") from None
+        # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
+        file.seek(end)
+        block = file.read(512)
+        if len(block) < 512:
+            raise ValueError(f"{path}: truncated, the tar breaks off at byte {end + len(block)}")
+        while block:
+            if block.strip(b"\0"):
+                raise ValueError(f"{path}: more than zeros after its last file, at byte {end}: a damaged header, or "
+                                 "two tars in one file")
+            block = file.read(1 << 20)
 
 
-def tar_samples(path, samples=None):
-    """{key: {extension: (offset, size)}}: the samples of a tar, in its order.
+def what_it_is(path):
+    """What a file that should be something else seems to be, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for magic, what in ((b"\x1f\x8b", "compressed by gzip: unpack it"), (b"BZh", "compressed by bzip2: unpack it"),
+                        (b"\xfd7zXZ", "compressed by xz: unpack it"), (b"\x28\xb5\x2f\xfd", "compressed: unpack it"),
+                        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`")):
+        if head.startswith(magic):
+            return what
+    return "not a tar" if head else "empty file, not a tar"
 
-    As in webdataset, the key is what stands before the first dot of the file name. `samples`: a dict to fill, for
-    a caller who wants what came before an error. Raises ValueError for a broken tar or one without members.
-    """
-    samples = {} if samples is None else samples
-    for name, offset, size in tar_members(path):
-        folder, slash, base = name.rpartition("/")
-        key, _, extension = base.partition(".")
-        samples.setdefault(folder + slash + key, {})[extension.lower()] = offset, size
-    if not samples:
-        raise ValueError(f"{path}: a tar without members")
-    return samples
+
+def tar_samples(path):
+    """([(key, {extension: (offset, size)})], fault): the samples of a tar in its order, and its fault or "".
+    As in webdataset, a key ends at the first dot of the file name, files whose name begins with a dot do not count,
+    and a key that comes again is another sample."""
+    samples, of_key, fault = [], {}, ""
+    try:
+        for name, offset, size in tar_members(path):
+            folder, slash, base = name.rpartition("/")
+            key, _, extension = base.partition(".")
+            key, extension = folder + slash + key, extension.lower()
+            if base.startswith("."):
+                continue
+            if extension in of_key.get(key, {}):
+                of_key.clear()  # names start again: nothing that follows belongs to a sample from before
+            if key not in of_key:
+                of_key[key] = {}
+                samples.append((key, of_key[key]))
+            of_key[key][extension] = offset, size
+        if not samples:
+            fault = f"{path}: a tar without files"
+    except ValueError as error:
+        fault = str(error)
+    return samples, fault
 
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
@@ -167,93 +177,82 @@ INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
 
 
 def index_shard(path):
-    """(rows of INDEX, causes of what is missing, the shard's fault or "") of one shard.
-
-    The fault is an OSError if the shard could not be read: returned, because one raised in a worker would bring the
-    worker's traceback along as its text.
-    """
-    samples, rows, incomplete, fault = {}, [], Counter(), ""
-    try:
-        tar_samples(path, samples)
-        if not any(ext in files for files in samples.values() for ext in IMAGE_EXTENSIONS):
-            raise ValueError(f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt")
-    except ValueError as error:
-        fault = f"{error}; {len(samples)} samples stand before that" if samples else str(error)
-    except OSError as error:
-        fault = OSError(f"{path}: {error.strerror}")
-    for files in samples.values():
+    """(rows of INDEX, [names of images without a caption], number of captions without an image, fault) of a shard."""
+    (samples, fault), rows, lonely, mute = tar_samples(path), [], [], 0
+    for key, files in samples:
         image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
         text = files.get("txt") or files.get("json")
         if image and text:
             rows.append((0, *image, *text, "txt" not in files))
-        else:
-            incomplete["no caption" if image else "no image"] += 1
-    return np.array(rows, INDEX), incomplete, fault
+        pictures = [extension for extension in files if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        if image and text:  # x.seg.png beside x.jpg is no sample, but with x.seg.txt beside it, it was meant to be one
+            pictures = [extension for extension in pictures if f"{extension.rpartition('.')[0]}.txt" in files]
+        lonely += [f"{key}.{extension}" for extension in pictures]
+        mute += not pictures and not image
+    if fault and samples:
+        fault += f"; {len(rows)} pairs stand before that"
+    elif not rows and not fault:
+        fault = f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt"
+    return np.array(rows, INDEX), lonely, mute, fault
 
 
-def ignore_signals(worker):
-    """For helper processes: signals to stop are the training loop's to answer, which still needs its batch."""
+def ignore_signals(*_):
+    """For helper processes: a signal to stop is for the training loop to answer, which still needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
 
 
-def start_scanner(worker):
-    """For the processes that scan."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process alone answers a Ctrl-C
-    gc.disable()  # would take a quarter of their time and find nothing
-
-
 def scan(shards, workers=0, progress=False):
-    """(N,) array of INDEX rows, Counter of what is missing, list of faults: those of all shards, in their order.
-
-    OSError if a shard cannot be read: the disk's fault, not the shard's, and not to be remembered.
-    """
-    parts, incomplete, faults = [np.empty(0, INDEX)], Counter(), []
-    scans = torch.utils.data.DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=index_shard,
-                                        worker_init_fn=start_scanner)  # a parallel map, without tensors
-    bar = tqdm(scans, "reading shard indexes", leave=False, disable=not progress or None)
-    for number, (rows, missing, fault) in enumerate(bar):
-        if isinstance(fault, OSError):
-            raise fault
-        rows["shard"] = number
-        parts.append(rows)
-        incomplete += missing
-        faults += [fault] * bool(fault)
-    return np.concatenate(parts), incomplete, faults
+    """(N,) array of INDEX rows, and a dict of what is missing: "lonely", "mute", "example", "faults"."""
+    parts, found = [np.empty(0, INDEX)], dict(lonely=0, mute=0, example="", faults=[])
+    with ProcessPoolExecutor(max(1, workers), initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        results = pool.map(index_shard, shards, chunksize=4) if workers else map(index_shard, shards)
+        for number, (rows, lonely, mute, fault) in enumerate(
+                tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)):
+            rows["shard"] = number
+            parts.append(rows)
+            found["lonely"], found["mute"] = found["lonely"] + len(lonely), found["mute"] + mute
+            found["example"] = found["example"] or (lonely or [""])[0]
+            found["faults"] += [fault] if fault else []
+    return np.concatenate(parts), found
 
 
-def cached_scan(shards, cache, workers, progress):
-    """What `scan` returns, from the file `cache` if these very shards were scanned before; else it is made."""
-    stats = map(os.stat, shards)  # ctime changes with the content and with the permissions
-    stamp = json.dumps([(path, stat.st_size, stat.st_ctime_ns) for path, stat in zip(shards, stats)])
+def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
+    """(N,) array of INDEX rows, one for each image with a caption, in the shards' order; and a list of warnings.
+    A broken shard gives what stands before its fault, and a warning. ValueError if more than the share max_bad of
+    the shards is broken or of the samples incomplete; OSError if a shard cannot be read. `folder` keeps the index
+    as index.npy for the next start and for other ranks, whose processes share its pages in memory."""
+    # A file's ctime changes with its content and with its permissions.
+    stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
+    paths, index = [os.path.join(folder, name) for name in ("index.npy", "index.json")], None
     try:
-        with np.load(cache) as stored:
-            if stored["stamp"] == stamp:
-                return stored["index"], *json.loads(stored["found"].item())
+        with open(paths[1]) as file:
+            stored = json.load(file)
+        if folder and stored["stamp"] == stamp:
+            index, found = np.load(paths[0], mmap_mode="r"), stored["found"]
     except Exception:  # not there yet, or damaged: it is only a copy
         pass
-    index, *found = scan(shards, workers, progress)
-    with appearing(cache, f".{secrets.token_hex(4)}.part") as file:  # each machine of a run writes one
-        np.savez(file, index=index, stamp=stamp, found=json.dumps(found))
-    return index, *found
-
-
-def build_index(shards, max_bad=0.1, cache="", workers=0, progress=False):
-    """(N,) array of INDEX rows, one for each image with a caption, in the shards' order; and a list of warnings.
-
-    A broken shard gives what stands before its fault, and a warning. ValueError with all of them if more than the
-    share `max_bad` of the shards is broken or of the samples incomplete. workers: processes that scan; cache: file
-    that keeps what they found, for the next start and for other ranks.
-    """
-    index, incomplete, faults = (cached_scan(shards, cache, workers, progress) if cache else
-                                 scan(shards, workers, progress))
-    if len(faults) > max_bad * len(shards):
-        raise ValueError("\n".join(faults))
-    lost = sum(incomplete.values())
-    causes = ", ".join(f"{n} {cause}" for cause, n in incomplete.items())
-    if lost > max_bad * (lost + len(index)):
-        raise ValueError(f"--data: {lost} of {lost + len(index)} samples are not usable ({causes})")
-    return index, faults + [f"{lost} samples passed over: {causes}"] * bool(lost)
+    if index is None:
+        index, found = scan(shards, workers, progress)
+        if folder:  # each machine of a run may write it: parts have names of their own
+            with write_whole(paths[0], f".{secrets.token_hex(4)}.part") as file:
+                np.save(file, index)
+            with write_whole(paths[1], f".{secrets.token_hex(4)}.part") as file:
+                file.write(json.dumps(dict(stamp=stamp, found=found)).encode())
+    if len(found["faults"]) > max_bad * len(shards):
+        raise ValueError("\n".join(found["faults"]))
+    lost, warnings = found["lonely"] + found["mute"], list(found["faults"])
+    if lost:
+        causes = f"{found['lonely']} images without a caption, {found['mute']} captions without an image"
+        if found["example"]:
+            causes += f"; the first: {found['example']}"
+            if "." in found["example"].rpartition("/")[2].partition(".")[2]:
+                causes += " (the key of a sample ends at the first dot of the file name)"
+        warnings.append(f"{lost} of {lost + len(index)} samples passed over: {causes}")
+        if lost > max_bad * (lost + len(index)):
+            raise ValueError(f"--data: more than --max-bad {max_bad}: {warnings[-1]}")
+    return index, warnings
 
 
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
@@ -261,9 +260,7 @@ WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet r
 
 def epoch_order(index, seed, epoch):
     """(N,) sample numbers in the order in which this epoch reads them, from seed and epoch alone.
-
-    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential reads.
-    """
+    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential reads."""
     rng = np.random.default_rng([seed, epoch])
     place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
     order = place.argsort(kind="stable")
@@ -271,19 +268,27 @@ def epoch_order(index, seed, epoch):
 
 
 @lru_cache(maxsize=64)
-def _open(path):
+def open_shard(path):
+    """A file that stays open, because the next samples come from the same shard."""
     return open(path, "rb", buffering=0)
 
 
 def read_bytes(path, offset, size):
-    """`size` bytes of a file from `offset` on. Its handle stays open: an epoch comes back to it at once."""
-    return os.pread(_open(path).fileno(), size, offset)
+    """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read that far."""
+    try:
+        raw = os.pread(open_shard(path).fileno(), size, offset)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None
+    if len(raw) < size:
+        raise OSError(f"{path}: ends before byte {offset + size}, but was longer when its index was made")
+    return raw
 
 
 # -----------------------------------------------------------------------------
 # Images: bytes to pixels.
 
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the extension says
 
 
 @contextmanager
@@ -297,7 +302,7 @@ def decoding():
 
 def open_image(raw):
     """The picture in `raw` bytes, of which only the header has been read; to be used within `decoding`."""
-    image = Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP"))
+    image = Image.open(io.BytesIO(raw), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
@@ -311,13 +316,34 @@ def decode_image(raw):
         return image
 
 
-def random_resized_crop(image, size, scale, rng):
-    """A random part of a PIL image, `scale` (low, high) of its area, sides 3:4 to 4:3: (3, size, size) uint8, RGB.
+def eight_bits(image):
+    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits alone; any other as it is."""
+    if image.mode[0] not in "IF":
+        return image
+    grey = np.asarray(image).astype(np.float64)
+    return Image.fromarray((grey / (256 if image.mode[1:] or grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
 
-    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it. A JPEG that is
-    not loaded yet is decoded no larger than the crop needs.
-    """
-    width, height = image.size
+
+def upright(image):
+    """A photograph as its orientation tag says it was held; a damaged tag says nothing."""
+    try:
+        return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def to_rgb(image):
+    """RGB as people see the picture: transparent parts lie on white."""
+    image = eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def random_box(width, height, scale, rng):
+    """(left, top, right, bottom) of a random part of a picture: `scale` (low, high) of its area, sides 3:4 to 4:3.
+    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -325,54 +351,65 @@ def random_resized_crop(image, size, scale, rng):
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             break
-    else:  # a very long picture: the largest crop of an allowed shape, from its middle
+    else:  # a very long picture: the largest part of an allowed shape, from its middle
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    box = np.array([left, top, left + w, top + h])
+    return np.array([left, top, left + w, top + h])
 
-    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture of
-    # a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or less; on
-    # photographs, the error that is left is that of saving the JPEG once more at quality 90.
-    enough = 1.5 * size / min(w, h)
-    if enough <= 0.5 and image.draft(None, (int(width * enough), int(height * enough))):
+
+def crop(image, box, size):
+    """The part `box` of a PIL image: (3, size, size) uint8, RGB.
+    A JPEG that is not loaded yet is decoded no larger than needed."""
+    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture
+    # of a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or
+    # less; on photographs, the error that is left is that of saving the JPEG once more at quality 90.
+    width, enough = image.width, 1.5 * size / min(box[2:] - box[:2])
+    if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         box = (box / round(width / image.width)).round().astype(int)
     left, top, right, bottom = box
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))[top:bottom, left:right]  # (h, w, 3)
-    # torch's resize is Pillow's, but for rounding, at a fifth of its time.
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                                           # (1, 3, h, w)
+    pixels = np.array(to_rgb(image))[top:bottom, left:right]                                    # (h, w, 3)
+    # The same as Pillow's resize up to rounding, five times as fast.
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                                    # (1, 3, h, w)
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def normalize(images):
     """(..., 3, H, W) uint8 -> float32 on the same device, with the mean and deviation of CLIP's training pixels.
-
-    The operations and their order are open_clip's, so that the result is equal to the last bit.
-    """
-    # non_blocking: the CPU does not wait until the six numbers have arrived on a GPU.
+    The operations and their order are open_clip's, so that the result is equal to the last bit."""
+    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images):
-    """(B, 3, H, W) float, as for the model -> (B, H, W, 3) uint8 NumPy array, as for pictures."""
+    """(..., 3, H, W) float, as for the model -> uint8."""
     mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    return ((images * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return ((images * std + mean).clamp(0, 1) * 255).round().byte()
 
 
 # -----------------------------------------------------------------------------
-# Tokenizer: byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP. A word is its bytes, the last one marked
-# with </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.
+# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last one marked with
+# </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.
 
 # CLIP's printable stand-in for each byte: itself if it shows on a screen (! to ~, ¡ to ¬, ® to ÿ), else the next
 # letter from U+0100.
 BYTES = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in BYTES)}
 
+# What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are read as
+# Windows-1252, quotes become straight, ligatures two letters, full width and half width letters plain ones.
+FIXES = dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)])
+FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
+FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+FIXES |= {ord(c): "".join(chr(int(code, 16)) for code in unicodedata.decomposition(c).split()[1:])
+          for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"}
+FIXES |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
+
 
 @lru_cache
-def _word_pattern():
-    # CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _,
-    # \d only the decimal digits: the other numbers (such as ² or ½) have to be listed.
+def word_pattern():
+    """CLIP's pattern is written with \\p{L} and \\p{N}, which Python's re lacks. \\w is letters, all numbers and _, \\d
+    only the decimal digits: the other numbers (such as ² or ½) have to be listed."""
     others = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
     return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{others}]+|[\d{others}]|(?:[^\s\w]|_)+", re.IGNORECASE)
 
@@ -381,60 +418,67 @@ MAX_CHARACTERS = 2000  # far more than a context of 77 tokens holds; merging a w
 
 
 def split_words(text):
-    """The words of a caption, each a string of byte symbols: lower case, HTML unescaped, white space folded."""
+    """The words of a caption, each a string of byte symbols: text fixed as CLIP does, lower case, HTML unescaped."""
+    before = None
+    while before != text:  # a replacement can make room for another one
+        before = text
+        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text if "<" in text else html.unescape(text))  # terminals' colours
+        text = unicodedata.normalize("NFC", text.translate(FIXES))
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
-    return ["".join(BYTES[byte] for byte in word.encode("utf-8", "replace")) for word in _word_pattern().findall(text)]
+    return ["".join(BYTES[byte] for byte in word.encode("utf-8", "replace")) for word in word_pattern().findall(text)]
 
 
-def learn_merges(captions, num_merges):
+def learn_merges(captions, num_merges, progress=False):
     """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first.
-
-    Ends early when no pair occurs twice. A heap finds the next pair and an index the words that hold it, so that a
-    merge costs only the words it changes.
-    """
-    counts = Counter(word for caption in captions for word in split_words(caption))
-    words = [([*word[:-1], word[-1] + "</w>"], count) for word, count in counts.items()]
-    pair_count, holders = Counter(), defaultdict(set)
-    for number, (symbols, count) in enumerate(words):
-        for pair in itertools.pairwise(symbols):
-            pair_count[pair] += count
-            holders[pair].add(number)
+    Ends early when no pair occurs twice. All words stand in one row; a merge visits only the places of its pair."""
+    counts = Counter(word for caption in tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
+                     for word in split_words(caption))
+    symbols, left, right, times = [], [], [], []  # of each place: its symbol, its neighbours' places or -1, its count
+    for word, count in counts.items():
+        start, end = len(symbols), len(symbols) + len(word)
+        symbols += [*word[:-1], word[-1] + "</w>"]
+        left += [-1, *range(start, end - 1)]
+        right += [*range(start + 1, end), -1]
+        times += [count] * len(word)
+    pair_count, places = Counter(), defaultdict(list)
+    for place, after in enumerate(right):
+        if after >= 0:
+            pair_count[symbols[place], symbols[after]] += times[place]
+            places[symbols[place], symbols[after]].append(place)
 
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
-    merges = []
+    merges, bar = [], tqdm(total=num_merges, desc="learning merges", delay=2, leave=False, disable=not progress)
     while heap and len(merges) < num_merges:
         count, pair = heapq.heappop(heap)
-        if -count != pair_count[pair]:  # counted before another merge took some: back with the count of today
+        if -count != pair_count[pair]:  # an old count: put the pair back with its present one
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
         if -count < 2:
             break
         merges.append(" ".join(pair))
+        bar.update()
         joined, grown = "".join(pair), set()
-        for number in holders.pop(pair):
-            symbols, times = words[number]
-            for old in itertools.pairwise(symbols):
-                pair_count[old] -= times
-            symbols[:] = _merge(symbols, pair)
-            for new in itertools.pairwise(symbols):
-                pair_count[new] += times
-                if joined in new:  # the other pairs are as they were
-                    holders[new].add(number)
-                    grown.add(new)
+        for place in sorted(places.pop(pair)):
+            after = right[place]
+            if after < 0 or (symbols[place], symbols[after]) != pair:
+                continue  # another merge was here
+            symbols[place], symbols[after], right[place] = joined, None, right[after]
+            for a, b, old in ((left[place], place, pair[0]), (place, right[place], pair[1])):
+                if a < 0 or b < 0:
+                    continue
+                pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
+                pair_count[symbols[a], symbols[b]] += times[place]
+                places[symbols[a], symbols[b]].append(a)
+                grown.add((symbols[a], symbols[b]))
+            if right[place] >= 0:
+                left[right[place]] = place
+        del pair_count[pair]
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
+    bar.close()
     return "\n".join(merges)
-
-
-def _merge(symbols, pair):
-    merged, i = [], 0
-    while i < len(symbols):
-        joined = i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair
-        merged.append(symbols[i] + symbols[i + 1] if joined else symbols[i])
-        i += 2 if joined else 1
-    return merged
 
 
 class Tokenizer:
@@ -464,20 +508,25 @@ class Tokenizer:
         return cls("\n".join(merges), context_length)
 
     @lru_cache(200_000)  # web captions never stop bringing new words
-    def _word(self, word):
+    def word_ids(self, word):
+        """The ids of one word of byte symbols: its most frequent pair is merged until no pair is in the vocabulary."""
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
             best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            symbols = _merge(symbols, best)
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i:i + 2] = ["".join(best)]
+                i += 1
         return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, captions):
         """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut before its <end>."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
-            ids = [number for word in split_words(caption) for number in self._word(word)]
+            ids = [number for word in split_words(caption) for number in self.word_ids(word)]
             ids = [self.start, *ids[:self.context_length - 2], self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -489,11 +538,9 @@ class Tokenizer:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, real (B,) bool, lost.
-
-    order: (steps, B) sample numbers. A sample that does not decode leaves a black image that is not `real`, and its
-    (row, cause) in the list `lost`.
-    """
+    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, decoded (B,) bool, lost, fault.
+    order: (steps, B) sample numbers. A sample that does not decode leaves a black image and its cause in the list
+    `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
 
     def __init__(self, shards, index, order, tokenizer, image_size, scale, seed):
         self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
@@ -502,54 +549,50 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number):
         samples, size = self.order[number], self.image_size
         images = torch.zeros(len(samples), 3, size, size, dtype=torch.uint8)
-        captions, lost = [""] * len(samples), []
+        chosen, decoded, lost, fault = [""] * len(samples), torch.ones(len(samples), dtype=torch.bool), [], ""
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
+            # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
+            rng = np.random.default_rng([*self.seed, sample])
             try:
-                captions[i] = read_caption(shard, row)
+                texts = captions(shard, row)
+                chosen[i] = texts[rng.integers(len(texts))]
                 raw = read_bytes(shard, row["image"], row["image_size"])
-                # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
-                rng = np.random.default_rng([*self.seed, sample])
                 with decoding():
-                    images[i] = random_resized_crop(open_image(raw), size, self.scale, rng)
-            except (ValueError, OSError) as error:
-                lost.append((i, str(error)))
-        real = torch.ones(len(samples), dtype=torch.bool)
-        real[[i for i, _ in lost]] = False
-        return images, self.tokenizer.encode(captions), real, lost
+                    image = upright(open_image(raw))
+                    images[i] = crop(image, random_box(*image.size, self.scale, rng), size)
+            except ValueError as error:
+                decoded[i] = False
+                lost.append(str(error))
+            except OSError as error:
+                fault = message(error)
+        return images, self.tokenizer.encode(chosen), decoded, lost, fault
 
 
-def sample_names(shards, index, samples):
-    """'shard: member' of each sample number, for messages."""
-    names = []
-    for row in index[samples]:
-        header = read_bytes(shards[row["shard"]], row["image"] - 512, 100)  # begins with the member's name
-        names.append(f"{shards[row['shard']]}: " + header.split(b"\0")[0].decode("utf-8", "replace"))
-    return names
-
-
-def read_caption(shard, row):
-    """The caption of an INDEX row. ValueError if it is empty, not UTF-8, or its json holds none."""
+def captions(shard, row):
+    """The captions of an INDEX row, a list of str: the lines of its .txt, or what its json has under "caption".
+    ValueError if there is none, or if they are not UTF-8."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:
-        caption = raw.decode("utf-8")
-        if row["json"]:
-            caption = json.loads(caption)["caption"]
+        found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
+        found = json.loads(found)["caption"] if row["json"] else found
     except UnicodeDecodeError:
         raise ValueError("caption is not UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("no caption in the json") from None
-    if not isinstance(caption, str) or not caption.strip():
+    found = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
+    found = [caption for caption in found if isinstance(caption, str) and caption.strip()]
+    if not found:
         raise ValueError("empty caption")
-    return caption
+    return found
 
 
 def sample_captions(shards, index, limit=100_000):
-    """Up to `limit` captions, evenly spread over the index: what the tokenizer learns its merges from."""
+    """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges from."""
     for row in index[::max(1, math.ceil(len(index) / limit))]:
         try:
-            yield read_caption(shards[row["shard"]], row)
+            yield from captions(shards[row["shard"]], row)
         except ValueError:
             continue  # counted where it is trained on
 
@@ -558,47 +601,49 @@ def sample_captions(shards, index, limit=100_000):
 # Writing shards.
 
 
-def write_tar(path, samples):
-    """Writes (key, {extension: bytes}) pairs to a tar."""
-    with appearing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, files in samples:
-            for extension, raw in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(raw)
-                tar.addfile(member, io.BytesIO(raw))
-
-
 def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
     """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on across shards. Returns how many."""
     os.makedirs(folder, exist_ok=True)
     shard = -1
     for shard, part in itertools.groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
-        write_tar(os.path.join(folder, name.format(shard)), ((f"{number:09d}", files) for number, files in part))
+        with (write_whole(os.path.join(folder, name.format(shard))) as file,
+              tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar):
+            for number, files in part:
+                for extension, raw in files.items():
+                    member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                    member.size = len(raw)
+                    tar.addfile(member, io.BytesIO(raw))
     return shard + 1
 
 
 def read_caption_list(path):
-    """Yields {extension: bytes} for each line `image path <TAB> caption`; paths are relative to the list's folder.
-
-    ValueError with the line's number for a malformed line, a missing file, or one that is no known image.
-    """
+    """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file.
+    ValueError with the line's number for a malformed line."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = raw.decode("utf-8-sig").rstrip("\r\n")  # -sig: some editors put a mark before the first line
+                line = raw.decode("utf-8-sig").rstrip("\r\n")
             except UnicodeDecodeError:
                 raise ValueError(f"{path}, line {number}: not UTF-8") from None
-            image, tab, caption = line.partition("\t")
-            if not tab or not image or not caption.strip():
+            image, _, caption = line.partition("\t")
+            if not image or not caption.strip():
                 raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption`, got {line!r:.80}")
-            extension = image.rpartition(".")[2].lower()
-            if extension not in IMAGE_EXTENSIONS:
-                raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
-            try:
-                with open(os.path.join(os.path.dirname(path), image), "rb") as image_file:
-                    yield {extension: image_file.read(), "txt": caption.encode("utf-8")}
-            except OSError as error:
-                raise ValueError(f"{path}, line {number}: {image}: {error.strerror}") from None
+            yield number, image, caption
+
+
+def list_samples(path):
+    """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of the same
+    image that follow each other are one sample. ValueError for a missing file or one that is no known image."""
+    for image, lines in itertools.groupby(read_caption_list(path), key=lambda line: line[1]):
+        number, captions = (lines := list(lines))[0][0], "\n".join(caption for _, _, caption in lines)
+        extension = image.rpartition(".")[2].lower()
+        if extension not in IMAGE_EXTENSIONS:
+            raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
+        try:
+            with open(os.path.join(os.path.dirname(path), image), "rb") as file:
+                yield {extension: file.read(), "txt": captions.encode("utf-8")}
+        except OSError as error:
+            raise ValueError(f"{path}, line {number}: {image}: {error.strerror}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -699,10 +744,8 @@ def draw_background(rng, kind):
 
 def place_objects(rng, shapes, sizes):
     """Outlines in pixels, one (points, 2) array a shape, and where the first is, seen from the last.
-
     Two objects share no column (left of, right of) or no row (above, below): they never overlap, and the
-    relation is true of every point of theirs. It names the longer of the two ways between their centres.
-    """
+    relation is true of every point of theirs. It names the longer of the two ways between their centres."""
     outlines = []
     for shape, size in zip(shapes, sizes):
         area = rng.uniform(*SIZES[size]) * SCENE_SIZE ** 2 * (PAIR_SCALE if len(shapes) == 2 else 1)
@@ -727,9 +770,7 @@ def place_objects(rng, shapes, sizes):
 
 def draw_scene(rng, pairs=None, full=False):
     """(64x64 RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance.
-
-    full: the caption leaves nothing out (sizes, relation, background); for two objects only.
-    """
+    full: the caption leaves nothing out (sizes, relation, background); for two objects only."""
     if pairs is None:
         first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
         pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
@@ -791,83 +832,31 @@ def make_demo(folder):
 
 
 # -----------------------------------------------------------------------------
-# Bench and main.
-
-
-def bench(shards, image_size, limit=512, passes=3):
-    """Prints a Markdown table of how many images one core reads, decodes, augments and tokenises a second."""
-    torch.set_num_threads(1)
-    index, _ = build_index(shards)
-    rows = index[::max(1, math.ceil(len(index) / limit))]
-    captions = list(sample_captions(shards, index))
-    start = time.perf_counter()
-    merges = learn_merges(captions, 49408 - 514)
-    print(f"learned {merges.count(chr(10)) + 1} merges from {len(captions)} captions in "
-          f"{time.perf_counter() - start:.1f} s, {len(rows)} samples timed, at {image_size} pixels")
-
-    order, rng, seconds = np.arange(len(rows))[None], np.random.default_rng(0), defaultdict(list)
-    for _ in range(1 + passes):
-        tokenizer, spent = Tokenizer(merges), Counter()  # one that has no word in its cache
-        for row in rows:
-            start = time.perf_counter()
-            raw = read_bytes(shards[row["shard"]], row["image"], row["image_size"])
-            try:
-                caption = read_caption(shards[row["shard"]], row)
-                read = time.perf_counter()
-                image = decode_image(raw)
-            except ValueError:  # training will report it
-                continue
-            decoded = time.perf_counter()
-            random_resized_crop(image, image_size, (0.9, 1.0), rng)
-            augmented = time.perf_counter()
-            tokenizer.encode([caption])
-            spent += Counter(read=read - start, decode=decoded - read, augment=augmented - decoded,
-                             tokenise=time.perf_counter() - augmented)
-        start = time.perf_counter()
-        Batches(shards, rows, order, Tokenizer(merges), image_size, (0.9, 1.0), (0, 0))[0]
-        for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
-            seconds[stage].append(time_spent)
-    print("| stage | images/s a core | ms an image |\n|---|--:|--:|")
-    for stage, times in seconds.items():
-        middle = np.median(times[1:]) / len(rows)  # the first pass may have met a cold disk
-        print(f"| {stage} | {1 / middle:.0f} | {1000 * middle:.3f} |")
-
-
-def message(error):
-    """The line that a user gets to see of an error: of the system's, the file and the cause."""
-    named = getattr(error, "filename", None)
-    return f"{named}: {error.strerror}" if named else str(error)
+# Main.
 
 
 def main():
-    """The commands `pack`, `demo` and `bench`."""
+    """The commands `pack` and `demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
-    pack.add_argument("captions", help="text file, a sample a line; image paths are relative to its folder")
+    pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
     pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
-    pack.add_argument("--shard-size", type=int, default=10_000, help="samples a shard (default: 10000)")
+    pack.add_argument("--shard-size", type=int, default=10_000, help="samples per shard (default: 10000)")
     demo = commands.add_parser("demo", help="draw the demo data set")
     demo.add_argument("out", help="folder to make")
-    benched = commands.add_parser("bench", help="time reading, decoding, augmenting and tokenising on one core")
-    benched.add_argument("shards", nargs="+", help="paths, globs or brace ranges")
-    benched.add_argument("--image-size", type=int, default=224, help="side of a crop, pixels (default: 224)")
     options = parser.parse_args()
     try:
-        if options.command == "bench":
-            if options.image_size < 1:
-                raise ValueError(f"--image-size {options.image_size}: must be at least 1")
-            bench(expand(options.shards), options.image_size)
-        elif options.command == "demo":
+        if options.command == "demo":
             make_demo(options.out)
         elif options.shard_size < 1:
             raise ValueError(f"--shard-size {options.shard_size}: must be at least 1")
         elif glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
             raise ValueError(f"{options.out}: holds shards already; name another folder")
         else:
-            samples = tqdm(read_caption_list(options.captions), "packing", unit=" samples")
+            samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {message(error)}")
 
 

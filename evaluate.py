@@ -5,9 +5,9 @@
     python evaluate.py ViT-B-16.pt --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet1k --probe
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
 
-Takes checkpoints of clip_pgs.py, state dicts with open_clip's names (so also the CLIP-PGS authors' files) and
-OpenAI's archives. A folder tells by what lies in it how to evaluate it. The story, top to bottom: load, preprocess,
-folders, embed, classification, retrieval, linear probe, one folder, compositionality, pictures, table and main.
+Takes checkpoints of clip_pgs.py, weights with open_clip's names (so also the CLIP-PGS authors' files) and OpenAI's
+archives. What lies in a folder says how to evaluate it. The story, top to bottom: folders, embed, classification,
+retrieval, linear probe, one folder, compositionality, pictures, weights, table and main.
 """
 import argparse
 import json
@@ -15,132 +15,21 @@ import math
 import os
 import sys
 import textwrap
+import warnings
 import zipfile
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from itertools import islice
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import clip_pgs
 import data
-
-# -----------------------------------------------------------------------------
-# Load. A checkpoint made here knows its size and its tokenizer; of any other file, the tensors' shapes tell the size.
-
-
-def load(path, vocab="", quick_gelu=False):
-    """(model, tokenizer, config) of a checkpoint; the model is on the CPU, in float32, every tensor from the file.
-
-    vocab: CLIP's bpe_simple_vocab_16e6.txt.gz, which files that were not made here need. quick_gelu: for OpenAI's
-    weights, known without it only if the file is OpenAI's own archive or its state dict. Raises ValueError or
-    OSError with one line: a file that is missing, damaged, of another size, or that would run code when loaded.
-    """
-    checkpoint = read_checkpoint(path)
-    ours = {"model", "config", "merges"} <= checkpoint.keys()
-    state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
-    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()
-             if isinstance(tensor, torch.Tensor)}
-    # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
-    openai = [state.pop(name, None) is not None for name in ("input_resolution", "context_length", "vocab_size")]
-
-    config = read_config(path, checkpoint["config"]) if ours else infer_config(path, state)
-    config.quick_gelu |= quick_gelu or any(openai)
-    if not ours and not vocab:
-        raise ValueError(f"{path}: no tokenizer inside; pass CLIP's own with --vocab bpe_simple_vocab_16e6.txt.gz")
-    tokenizer = (data.Tokenizer.from_file(vocab, config.context_length) if vocab
-                 else data.Tokenizer(checkpoint["merges"], config.context_length))
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"{path}: embeds {config.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}")
-
-    with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
-        model = clip_pgs.CLIP(config)
-    check_tensors(path, state, model.state_dict())
-    model.load_state_dict(state, assign=True)
-    return model.eval(), tokenizer, config
-
-
-def read_checkpoint(path):
-    """The dict inside a checkpoint file. OpenAI's are archives of TorchScript, which has its own way to load."""
-    try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("/constants.pkl") for name in names):
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except (RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: a damaged archive ({str(error).splitlines()[0]:.120})") from None
-    return clip_pgs.load_checkpoint(path)
-
-
-def read_config(path, values):
-    """The Config that a checkpoint made here was trained with."""
-    try:
-        config = clip_pgs.Config(**values)
-        clip_pgs.check(config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: its config does not fit this version of clip_pgs.py ({error})") from None
-    return config
-
-
-def infer_config(path, state):
-    """The Config that a state dict of CLIP's parameter names belongs to, by the shapes of its tensors."""
-    def depth(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-
-    try:
-        width, _, patch_size, _ = state["visual.conv1.weight"].shape
-        num_patches = len(state["visual.positional_embedding"]) - 1
-        context_length, text_width = state["positional_embedding"].shape
-        vocab_size = len(state["token_embedding.weight"])
-        embed_dim = state["text_projection"].shape[1]
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({error})") from None
-    if width % clip_pgs.HEAD_WIDTH or text_width % clip_pgs.HEAD_WIDTH or width > 1024:
-        # No tensor tells the number of heads. All of CLIP's are 64 wide; those of open_clip's ViT-H and up are not.
-        raise ValueError(f"{path}: a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
-    size = dict(embed_dim=embed_dim, width=width, layers=depth("visual.transformer.resblocks."),
-                text_width=text_width, text_layers=depth("transformer.resblocks."))
-    model = next((name for name, known in clip_pgs.SIZES.items() if known == size), f"the ViT in {path}")
-    clip_pgs.SIZES[model] = size  # a size that has no name yet gets one
-    return clip_pgs.Config(model=model, image_size=patch_size * math.isqrt(num_patches), patch_size=patch_size,
-                           context_length=context_length, vocab_size=vocab_size)
-
-
-def check_tensors(path, state, expected):
-    """ValueError that names the first tensor of a state dict that is missing, of another shape, or unknown."""
-    for name in expected | state:
-        found = tuple(state[name].shape) if name in state else "missing"
-        wanted = tuple(expected[name].shape) if name in expected else "no tensor of that name"
-        if found != wanted:
-            raise ValueError(f"{path}: {name} is {found}, expected {wanted}")
-
-
-# -----------------------------------------------------------------------------
-# Preprocess: open_clip's evaluation transform, bit for bit. Images stay bytes until they reach the device.
-
-
-def resize_and_crop(image, size):
-    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB.
-
-    Resized in the image's own mode and converted last, as open_clip does: a palette image then gets its nearest
-    pixels instead of a bicubic mix. No orientation tag is applied.
-    """
-    short, long = min(image.size), max(image.size)
-    longer = int(size * long / short)  # cut off, not rounded
-    width, height = (size, longer) if image.width <= image.height else (longer, size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.crop((left, top, left + size, top + size)).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def preprocess(image, size):
-    """What the encoder sees of a PIL image: (3, size, size) float."""
-    return data.normalize(resize_and_crop(image, size))
-
 
 # -----------------------------------------------------------------------------
 # Folders, in the layout of LAION's CLIP_benchmark. All of it is read and checked before the first image is encoded.
@@ -180,7 +69,7 @@ def read_lines(folder, name):
     """The lines of a text file in a folder. ValueError if it is missing or one is blank: their numbers count."""
     path = os.path.join(folder, name)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file.read().splitlines()] or [""]
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; is {folder} a folder in CLIP_benchmark's layout?") from None
@@ -200,16 +89,29 @@ def read_split(folder, split, extension):
     for shard in (os.path.join(folder, split, f"{i}.tar") for i in range(int(number))):
         if not os.path.exists(shard):
             raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
-        for key, files in data.tar_samples(shard).items():
+        members, fault = data.tar_samples(shard)
+        if fault:
+            raise ValueError(fault)
+        for key, files in members:
             image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
             if image is None or extension not in files:
                 raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
-            text = data.read_bytes(shard, *files[extension]).decode("utf-8", "replace")
-            if not text.strip() or "\ufffd" in text:
+            try:
+                text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                text = ""
+            if not text.strip():
                 raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
             samples.append(Sample(shard, *files[image], f"{key}.{image}"))
             texts.append(text)
     return samples, texts
+
+
+# -----------------------------------------------------------------------------
+# Embed: open_clip's evaluation transform, bit for bit, then unit features. With several ranks, rank r encodes every
+# world_size-th sample from the r-th on, and all ranks get all features.
+
+IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features do not depend on them, but for rounding
 
 
 def read_image(sample):
@@ -217,30 +119,44 @@ def read_image(sample):
     try:
         with open(sample.path, "rb") as file:  # not data.read_bytes, whose files another thread might close
             file.seek(sample.offset)
-            return data.decode_image(file.read(sample.size)).convert("RGB")  # before the resize, as CLIP_benchmark
+            return data.eight_bits(data.decode_image(file.read(sample.size))).convert("RGB")  # as CLIP_benchmark
     except (ValueError, OSError) as error:
         raise ValueError(f"{sample.path}: {sample.name} does not decode ({error})") from None
 
 
-# -----------------------------------------------------------------------------
-# Embed. Everything below works on unit features. With several ranks, rank r encodes every world_size-th sample from
-# the r-th on, and all ranks get all features.
+def resize_and_crop(image, size):
+    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB.
+    Resized in the image's own mode and converted last, as open_clip does: a palette image then gets its nearest
+    pixels instead of a bicubic mix. No orientation tag is applied."""
+    image = data.eight_bits(image)
+    longer = int(size * max(image.size) / min(image.size))  # cut off, not rounded
+    width, height = (size, longer) if image.width <= image.height else (longer, size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if width * height <= data.MAX_PIXELS:
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    else:  # a picture so long that the whole would fill the memory: only the middle is resized
+        x, y = image.width / width, image.height / height
+        image = image.resize((size, size), Image.Resampling.BICUBIC,
+                             box=(left * x, top * y, min((left + size) * x, image.width),
+                                  min((top + size) * y, image.height)))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features do not depend on them, but for rounding
+
+def preprocess(image, size):
+    """What the encoder sees of a PIL image: (3, size, size) float."""
+    return data.normalize(resize_and_crop(image, size))
 
 
 def image_batches(samples, size, workers):
     """Yields (B, 3, size, size) uint8, read by threads two batches ahead.
-
-    Threads, not processes: Pillow decodes and resizes without Python's lock, they start at once in the middle of a
-    training run, and an error arrives as it was raised.
-    """
+    Threads, not processes: Pillow decodes and resizes without Python's lock, threads start at once in the middle of
+    a training run, and an error arrives as it was raised."""
     def read(sample):
         return resize_and_crop(read_image(sample), size)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         batches = (pool.map(read, samples[start:start + IMAGE_BATCH]) for start in range(0, len(samples), IMAGE_BATCH))
-        ahead = deque(islice(batches, 2))
+        ahead = deque(islice(batches, 2))  # each is at work as soon as it is asked for
         while ahead:
             ahead.extend(islice(batches, 1))
             yield torch.stack([*ahead.popleft()])
@@ -248,32 +164,43 @@ def image_batches(samples, size, workers):
 
 @torch.no_grad()
 def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
-    """Unit features (N, D) of samples, on the model's device; `name` is what the progress bar says."""
-    device, features = model.logit_scale.device, []
+    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says.
+    ValueError on all ranks if a picture of one of them does not decode."""
+    device, features, fault = model.logit_scale.device, [], ""
     with tqdm(total=len(samples), desc=name, unit=" images", leave=False, disable=rank > 0) as bar:
-        for images in image_batches(samples[rank::world_size], config.image_size, workers):
-            features.append(model.encode_image(data.normalize(images.to(device))))
-            bar.update(min(len(images) * world_size, bar.total - bar.n))
-    return gather(features, len(samples), model, world_size)
+        try:
+            for images in image_batches(samples[rank::world_size], config.image_size, workers):
+                features.append(model.encode_image(data.normalize(images.to(device))))
+                bar.update(min(len(images) * world_size, bar.total - bar.n))
+        except ValueError as error:
+            fault = str(error)
+    return gather(features, len(samples), model, world_size, fault)
 
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
-    """Unit features (N, D) of a list of str, on the model's device."""
+    """Unit features (N, E) of a list of str, on the model's device."""
     own = texts[rank::world_size]
     features = [model.encode_text(tokenizer.encode(own[start:start + TEXT_BATCH]))
                 for start in range(0, len(own), TEXT_BATCH)]
     return gather(features, len(texts), model, world_size)
 
 
-def gather(features, total, model, world_size):
-    """Joins what each rank has encoded: unit features (total, D) in the order of the samples."""
+def gather(features, total, model, world_size, fault=""):
+    """Joins what each rank has encoded: unit features (total, E) in the order of the samples. A fault is an error on
+    all ranks: none may wait for one that has stopped."""
+    faults = [fault] * world_size
+    if world_size > 1:
+        dist.all_gather_object(faults, fault)
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
     features = torch.cat([model.text_projection.new_zeros(0, model.text_projection.shape[1]), *features]).float()
     if world_size > 1:
         most = math.ceil(total / world_size)  # the last ranks may have one sample less: a zero stands for it
         features = F.pad(features, (0, 0, 0, most - len(features)))
-        features = clip_pgs.Gather.apply(features).view(world_size, most, -1)
-        features = features.transpose(0, 1).flatten(0, 1)[:total]    # row i * world_size + rank
+        parts = [torch.empty_like(features) for _ in range(world_size)]
+        dist.all_gather(parts, features)
+        features = torch.stack(parts, dim=1).flatten(0, 1)[:total]   # row i * world_size + rank
     if not features.isfinite().all():
         raise ValueError("the features are not finite numbers: the training has diverged")
     return F.normalize(features, dim=-1)
@@ -283,28 +210,26 @@ def gather(features, total, model, world_size):
 # Zero-shot classification: the class whose sentences are nearest to the image.
 
 
+def mean(x):
+    """The mean of a tensor of counts or truths, as a plain number."""
+    return x.double().mean().item()
+
+
 def class_features(model, tokenizer, classnames, templates, rank=0, world_size=1):
-    """(C, D) unit features: for each class, the mean over the templates of its sentences' unit features."""
+    """(C, E) unit features: for each class, the mean over the templates of its sentences' unit features."""
     texts = [template.replace("{c}", name) for name in classnames for template in templates]
-    features = embed_texts(model, tokenizer, texts, rank, world_size)           # (C * templates, D)
+    features = embed_texts(model, tokenizer, texts, rank, world_size)           # (C * templates, E)
     return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 
 def classification_metrics(scores, labels):
     """acc1, acc5 and mean_per_class_recall of scores (N, C) and labels (N,).
-
-    acc5 looks at all classes where there are fewer than five. Classes without an image have no recall to average.
-    """
+    acc5 looks at all classes where there are fewer than five. Classes without an image have no recall to average."""
     C = scores.shape[1]
     right = scores.topk(min(5, C)).indices == labels[:, None]                  # (N, 5)
     images, hits = labels.bincount(minlength=C), labels[right[:, 0]].bincount(minlength=C)
     return {"acc1": mean(right[:, 0]), "acc5": mean(right.any(1)),
             "mean_per_class_recall": mean((hits / images.double())[images > 0])}
-
-
-def mean(x):
-    """The mean of a tensor of counts or truths, as a plain number."""
-    return x.double().mean().item()
 
 
 # -----------------------------------------------------------------------------
@@ -314,16 +239,14 @@ QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in me
 
 
 def nearest(queries, gallery, k=10):
-    """(Q, k) indices of the rows of gallery (G, D) nearest to each of queries (Q, D), best first; k is at most G."""
+    """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first; k is at most G."""
     return torch.cat([(rows @ gallery.T).topk(min(k, len(gallery))).indices for rows in queries.split(QUERIES)])
 
 
 def retrieval_metrics(image_features, text_features, image_of_text):
-    """Recall at 1, 5, 10 in both directions; image_of_text (T,) is the image that each caption belongs to.
-
-    A query counts as answered if one right answer is among its k nearest, as in CLIP's papers; it is not the share of
-    the right answers that was found.
-    """
+    """Recall at 1, 5, 10 in both directions, of features (I, E) and (T, E); image_of_text (T,) is the image that each
+    caption belongs to. A query counts as answered if one right answer is among its k nearest, as in CLIP's papers; it
+    is not the share of the right answers that was found."""
     images = image_of_text[:, None] == nearest(text_features, image_features)                         # (T, 10)
     texts = image_of_text[nearest(image_features, text_features)]                                     # (I, 10)
     texts = texts == torch.arange(len(image_features), device=texts.device)[:, None]
@@ -335,56 +258,45 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # Linear probe: how well a linear classifier does on the frozen image features.
 
 TRIED_C = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
-PROBE_ROWS = 65536  # rows of logits in memory at a time; the gradient is that of all rows
 
 
 def fit_logistic(features, labels, num_classes, C, start=None):
-    """(num_classes, D + 1) weights, bias last, of L2-regularised logistic regression; C as in scikit-learn.
-
-    Minimises the mean cross entropy + |weights|^2 / (2 C N), bias free of charge, by full-batch L-BFGS in float64.
-    """
-    N, D = features.shape
-    weights = features.new_zeros(num_classes, D + 1) if start is None else start.clone()
+    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression; C as in scikit-learn.
+    Minimises the mean cross entropy + |weights|^2 / (2 C N), bias free of charge, by full-batch L-BFGS in float64."""
+    N, E = features.shape
+    weights = features.new_zeros(num_classes, E + 1) if start is None else start.clone()
     optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=1000, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = weights[:, :D].square().sum() / (2 * C * N)
+        loss = (F.cross_entropy(F.linear(features, weights[:, :E], weights[:, E]), labels)
+                + weights[:, :E].square().sum() / (2 * C * N))
         loss.backward()
-        for x, y in zip(features.split(PROBE_ROWS), labels.split(PROBE_ROWS)):
-            part = F.cross_entropy(F.linear(x, weights[:, :D], weights[:, D]), y, reduction="sum") / N
-            part.backward()
-            loss = loss.detach() + part.detach()
         return loss
 
     optimizer.step(closure)
     return weights.detach()
 
 
-def probe_accuracy(weights, features, labels):
-    """The share of features (N, D) that the weights put into their class."""
-    return mean(F.linear(features, weights[:, :-1], weights[:, -1]).argmax(1) == labels)
-
-
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
     """(test accuracy, C, held-out accuracy): C is chosen on a held-out tenth of the training set, then refit on all.
-
     Each fit starts from the one before, which was regularised more. The features' mean is subtracted first: the free
-    bias makes up for it, so the solution is the same, but L-BFGS needs a fraction of the steps.
-    """
+    bias makes up for it, so the solution is the same, but L-BFGS needs a fraction of the steps."""
+    def accuracy(weights, features, labels):
+        return mean(F.linear(features, weights[:, :-1], weights[:, -1]).argmax(1) == labels)
+
     center = train_features.double().mean(0)
     train_features, test_features = train_features.double() - center, test_features.double() - center
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0)).to(train_labels.device)
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
-
-    weights, accuracy = None, {}
+    weights, held_out_accuracy = None, {}
     for C in TRIED_C:
         weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
-        accuracy[C] = probe_accuracy(weights, train_features[held_out], train_labels[held_out])
-    C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
+        held_out_accuracy[C] = accuracy(weights, train_features[held_out], train_labels[held_out])
+    C = max(held_out_accuracy, key=held_out_accuracy.get)  # of equals the first, regularised most
     weights = fit_logistic(train_features, train_labels, num_classes, C)
-    return probe_accuracy(weights, test_features, test_labels), C, accuracy[C]
+    return accuracy(weights, test_features, test_labels), C, held_out_accuracy[C]
 
 
 # -----------------------------------------------------------------------------
@@ -393,14 +305,12 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
 
 def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, probe=False, pictures=""):
     """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}, on rank 0; the others return {}.
-
     All ranks call it together. probe: a linear probe of a classification folder as well ("lp_acc1"), which needs
-    its train/ split. pictures: a folder for a PNG of what was found or mistaken.
-    """
+    its train/ split. pictures: a folder for a PNG of what was found or mistaken."""
     name, this = os.path.basename(os.path.abspath(folder)), read_folder(folder)
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
-    device, sheet = images.device, os.path.join(pictures, f"{name}.png")
+    device, path = images.device, os.path.join(pictures, f"{name}.png")
 
     if not this.classnames:
         captions = [caption for captions in this.targets for caption in captions]
@@ -409,7 +319,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         if rank > 0:
             return {}
         if pictures:
-            draw_retrieval(sheet, this.samples, captions, image_of_text, images, texts)
+            draw_retrieval(path, this.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=device))
 
     classes = class_features(model, tokenizer, this.classnames, this.templates, rank, world_size)
@@ -419,7 +329,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     scores, labels = images @ classes.T, torch.tensor(this.targets, device=device)
     metrics = classification_metrics(scores, labels)
     if pictures:
-        draw_mistakes(sheet, this, scores, labels)
+        draw_mistakes(path, this, scores, labels)
     if probe:
         known_labels = torch.tensor(train.targets, device=device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, known_labels, images, labels, len(this.classnames))
@@ -437,22 +347,18 @@ SUGARCREPE = {"replace": ("obj", "att", "rel"), "swap": ("obj", "att"), "add": (
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
     """{"sugar_crepe/replace_obj": {"acc": ...}, ...}: the seven files, after those of a kind their mean.
-
-    folder: of the json files; images: COCO's val2017. Many questions are about one image: it is encoded once.
-    """
+    folder: of the json files; images: COCO's val2017. Many questions are about one image: it is encoded once."""
     files = {f"{kind}_{part}": read_questions(os.path.join(folder, f"{kind}_{part}.json"))
              for kind, parts in SUGARCREPE.items() for part in parts}
-    pictures = sorted({picture for questions in files.values() for picture, _, _ in questions})
-    samples = [Sample(os.path.join(images, picture), 0, -1, picture) for picture in pictures]
+    names = sorted({name for questions in files.values() for name, _, _ in questions})
+    samples = [Sample(os.path.join(images, name), 0, -1, name) for name in names]
     features = embed_images(model, samples, config, workers=workers, name="sugar_crepe")
-    row = {picture: number for number, picture in enumerate(pictures)}
-
-    results = {}
+    row, results = {name: number for number, name in enumerate(names)}, {}
     for kind, parts in SUGARCREPE.items():
         for part in parts:
-            asked, right, wrong = zip(*files[f"{kind}_{part}"])
-            image = features[[row[picture] for picture in asked]]                # (N, D)
-            right, wrong = (embed_texts(model, tokenizer, list(texts)) for texts in (right, wrong))
+            asked, *texts = zip(*files[f"{kind}_{part}"])
+            image = features[[row[name] for name in asked]]                      # (N, E)
+            right, wrong = (embed_texts(model, tokenizer, list(text)) for text in texts)
             results[f"sugar_crepe/{kind}_{part}"] = {"acc": mean((image * right).sum(1) > (image * wrong).sum(1))}
         accuracies = [results[f"sugar_crepe/{kind}_{part}"]["acc"] for part in parts]
         results[f"sugar_crepe/{kind}"] = {"acc": sum(accuracies) / len(parts)}
@@ -461,7 +367,7 @@ def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
 
 def read_questions(path):
     """[(file name of the image, caption, negative caption)] of one of SugarCrepe's json files."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             questions = [(entry["filename"], entry["caption"], entry["negative_caption"])
                          for entry in json.load(file).values()]
@@ -473,32 +379,68 @@ def read_questions(path):
 
 
 # -----------------------------------------------------------------------------
-# Pictures: ten queries with what was found, twenty mistakes.
+# Pictures: sheets of masks, of what was found, of mistakes.
 
-TILE, MARGIN = 160, 8
+TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line of text
 
 
-def draw_sheet(path, rows):
-    """Writes rows (title, [(sample, text, color of the frame), at most five]) as a PNG, each text below its image."""
-    left, width, height = (240 if rows[0][0] else 0), TILE + 2 * MARGIN, TILE + 2 * MARGIN + 28
-    sheet, font = Image.new("RGB", (left + 5 * width, len(rows) * height), "white"), ImageFont.load_default(12)
-    draw = ImageDraw.Draw(sheet)
+def sheet(path, rows):
+    """Writes a PNG of rows (title, [(picture, text, color of the frame)]): the title stands left of the pictures, a
+    text below each. picture: (3, H, W) uint8."""
+    left = 240 if any(title for title, _ in rows) else 0
+    lines = max(text.count("\n") + bool(text) for _, tiles in rows for _, text, _ in tiles)
+    width, height = TILE + 2 * GAP, TILE + 2 * GAP + LINE * lines
+    image = Image.new("RGB", (left + max(len(tiles) for _, tiles in rows) * width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for row, (title, tiles) in enumerate(rows):
-        draw.multiline_text((MARGIN, row * height + MARGIN), textwrap.fill(title, 34), "black", font)
-        for column, (sample, text, color) in enumerate(tiles):
-            x, y = left + column * width + MARGIN, row * height + MARGIN
+        draw.multiline_text((GAP, row * height + GAP), textwrap.fill(title, 34), "black", font)
+        for column, (picture, text, color) in enumerate(tiles):
+            x, y = left + column * width + GAP, row * height + GAP
             draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill=color)
-            sheet.paste(Image.fromarray(resize_and_crop(read_image(sample), TILE).permute(1, 2, 0).numpy()), (x, y))
+            picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+            image.paste(picture.resize((TILE, TILE), Image.Resampling.NEAREST if picture.width < TILE else
+                                       Image.Resampling.LANCZOS), (x, y))
             draw.multiline_text((x, y + TILE + 4), text, "black", font)
-    sheet.save(path)
+    image.save(path)
+
+
+def open_photo(path, size):
+    """A photograph as people see it, upright, transparent parts on white, its middle square: (3, size, size) uint8."""
+    try:
+        with open(path, "rb") as file:
+            image = data.to_rgb(data.upright(data.decode_image(file.read())))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return resize_and_crop(image, size)
+
+
+def per_pixel(patches, side):
+    """A value per patch (B, L) -> (B, 1, side, side), a value per pixel."""
+    grid = math.isqrt(patches.shape[1])
+    return F.interpolate(patches.view(-1, 1, grid, grid).float(), (side, side), mode="nearest")
+
+
+def heat_map(patches, side):
+    """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
+    return (255 * per_pixel(patches / patches.max().clamp(min=1e-12), side)[0]).byte().expand(3, -1, -1)
+
+
+def masked(images, keep, valid, patch_size):
+    """images (B, 3, H, H) uint8, with the patches grey that keep, valid of `clip_pgs.make_mask` have not kept."""
+    if keep is None:
+        return images
+    seen = torch.zeros(len(images), (images.shape[-1] // patch_size) ** 2, device=keep.device)
+    seen = seen.scatter(1, keep[:len(images)], 1.0 if valid is None else valid[:len(images)].float())
+    return images.where(per_pixel(seen, images.shape[-1]).cpu() > 0, 128)
 
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
     """Ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
-    asked = sorted({number * len(captions) // 10 for number in range(10)})
-    draw_sheet(path, [(captions[query], [(samples[i], "", "limegreen" if i == image_of_text[query] else "white")
-                                         for i in found])
-                      for query, found in zip(asked, nearest(texts[asked], images, k=5).tolist())])
+    asked, rows = sorted({number * len(captions) // 10 for number in range(10)}), []
+    for query, found in zip(asked, nearest(texts[asked], images, k=5).tolist()):
+        rows.append((captions[query], [(resize_and_crop(read_image(samples[i]), TILE), "",
+                                        "limegreen" if i == image_of_text[query] else "white") for i in found]))
+    sheet(path, rows)
 
 
 def draw_mistakes(path, folder, scores, labels):
@@ -507,10 +449,85 @@ def draw_mistakes(path, folder, scores, labels):
     lead = best - scores.gather(1, labels[:, None])[:, 0]
     worst = [i for i in lead.argsort(descending=True)[:20].tolist() if lead[i] > 0]
     names = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames]
-    tiles = [(folder.samples[i], f"predicted: {names[predicted[i]]}\ntrue: {names[labels[i]]}", "white")
-             for i in worst]
+    tiles = [(resize_and_crop(read_image(folder.samples[i]), TILE),
+              f"predicted: {names[predicted[i]]}\ntrue: {names[labels[i]]}", "white") for i in worst]
     if tiles:  # a perfect score leaves nothing to draw
-        draw_sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
+        sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
+
+
+# -----------------------------------------------------------------------------
+# Weights. A checkpoint made here knows its size and its tokenizer; of any other file, the tensors' shapes tell the size.
+
+
+def read_checkpoint(path):
+    """The dict inside a checkpoint file, tensors on the CPU. ValueError with one line if it is missing, damaged, or
+    would run code. OpenAI's files are archives of TorchScript, which has its own way to load."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch prints a warning before it rejects a file; ours follows
+            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+            if any(name.endswith("/constants.pkl") for name in names):
+                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more "
+                         "than tensors and plain values and could run code") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
+    return state
+
+
+def load(path, vocab="", quick_gelu=False):
+    """(model, tokenizer, config) of a checkpoint; the model is on the CPU, in float32, every tensor from the file.
+    vocab: CLIP's bpe_simple_vocab_16e6.txt.gz, which files that were not made here need. quick_gelu: for OpenAI's
+    weights, known without it only if the file is OpenAI's own archive or its state dict. Raises ValueError or
+    OSError with one line: a file that is missing, damaged, of another size, or that would run code when loaded."""
+    import clip_pgs  # the model to fill; everything else here takes any model
+
+    checkpoint = read_checkpoint(path)
+    ours = {"model", "config", "merges"} <= checkpoint.keys()
+    state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
+    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()
+             if isinstance(tensor, torch.Tensor)}
+    # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
+    openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
+    state = {name: tensor for name, tensor in state.items() if name not in openai}
+    try:
+        known = checkpoint["config"] if ours else infer_config(state)
+        config = clip_pgs.Config(**{f.name: known[f.name] for f in fields(clip_pgs.Config) if f.name in known})
+        config.quick_gelu |= quick_gelu or bool(openai)
+        clip_pgs.check(config)
+        with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
+            model = clip_pgs.CLIP(config)
+        model.load_state_dict(state, assign=True)
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        cause = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({cause:.300})") from None
+    if not ours and not vocab:
+        raise ValueError(f"{path}: no tokenizer inside; pass CLIP's own with --vocab bpe_simple_vocab_16e6.txt.gz")
+    tokenizer = (data.Tokenizer.from_file(vocab, config.context_length) if vocab
+                 else data.Tokenizer(checkpoint["merges"], config.context_length))
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"{path}: embeds {config.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}")
+    return model.eval(), tokenizer, config
+
+
+def infer_config(state):
+    """{name: value} of the Config fields that the shapes of a state dict in CLIP's names tell."""
+    def depth(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+
+    width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    context_length, text_width = state["positional_embedding"].shape
+    if width % 64 or text_width % 64 or width > 1024:
+        # No tensor tells the number of heads. All of CLIP's are 64 wide; those of open_clip's ViT-H and up are not.
+        raise ValueError(f"a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
+    model = (f"{width}x{depth('visual.transformer.resblocks.')}-{text_width}x{depth('transformer.resblocks.')}-"
+             f"{state['text_projection'].shape[1]}")
+    return dict(model=model, image_size=patch_size * math.isqrt(len(state["visual.positional_embedding"]) - 1),
+                patch_size=patch_size, context_length=context_length, vocab_size=len(state["token_embedding.weight"]))
 
 
 # -----------------------------------------------------------------------------
@@ -519,9 +536,7 @@ def draw_mistakes(path, folder, scores, labels):
 
 def table(results):
     """{name: metrics} as an aligned Markdown table, in percent; several classification folders get an average row.
-
-    Retrieval columns are named image@1 and so on, short for CLIP_benchmark's image_retrieval_recall@1.
-    """
+    Retrieval columns are named image@1 and so on, short for CLIP_benchmark's image_retrieval_recall@1."""
     rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
         rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified)
@@ -550,7 +565,6 @@ def run(options):
         read_folder(folder)
     if options.pictures:
         os.makedirs(options.pictures, exist_ok=True)
-
     results = {folder: evaluate(model, tokenizer, config, folder, workers=options.workers, probe=options.probe,
                                 pictures=options.pictures) for folder in folders}
     if options.sugarcrepe:
@@ -577,7 +591,7 @@ def main():
     parser.add_argument("--workers", type=int, default=4, help="threads that read and decode images")
     try:
         run(parser.parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {data.message(error)}")
 
 

@@ -22,8 +22,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import fields
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU computes in bf16: nothing would be equal to the last digit
 
@@ -44,12 +43,13 @@ torch.set_num_threads(1)  # tiny tensors, and the processes started here use one
 HERE = os.path.dirname(os.path.abspath(__file__))
 CPU = torch.device("cpu")
 
-clip_pgs.SIZES["tiny"] = dict(embed_dim=16, width=128, layers=2, text_width=64, text_layers=2)
 
+# -----------------------------------------------------------------------------
+# What the tests are made of: a tiny model, numbers, pictures, shards.
 
 def tiny(**changes):
     """A Config whose images have 4 x 4 patches of 4 x 4 pixels."""
-    return Config(**dict(model="tiny", image_size=16, patch_size=4, context_length=24, vocab_size=600) | changes)
+    return Config(**dict(model="128x2-64x2-16", image_size=16, patch_size=4, context_length=24, vocab_size=600) | changes)
 
 
 def random_clip(config):
@@ -88,18 +88,6 @@ def picture(size=32, background=(90, 100, 110)):
     return image
 
 
-def for_model(image):
-    """(1, 3, H, W): a PIL image with CLIP's mean and std."""
-    pixels = np.asarray(image.convert("RGB"), np.float64).transpose(2, 0, 1) / 255
-    return torch.tensor((pixels - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1)))[None].float()
-
-
-def two_colours(size=16, split=6):
-    image = Image.new("RGB", (size, size), "black")
-    image.paste((255, 200, 0), (split, 0, size, size))
-    return image
-
-
 def scene(seed, size=224):
     """A sky that fades, a meadow with grain, a house and a ball with inner detail: as smooth and rough as photographs."""
     rng, y = np.random.default_rng(seed), np.linspace(0, 1, size)[:, None, None]
@@ -119,9 +107,20 @@ def scene(seed, size=224):
     return image
 
 
+def for_model(image):
+    """(1, 3, H, W): a PIL image with CLIP's mean and std."""
+    pixels = np.asarray(image.convert("RGB"), np.float64).transpose(2, 0, 1) / 255
+    return torch.tensor((pixels - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1)))[None].float()
+
+
+def two_colours(size=16, split=6):
+    image = Image.new("RGB", (size, size), "black")
+    image.paste((255, 200, 0), (split, 0, size, size))
+    return image
+
+
 KINDS = {"noise": noise_images(1), "constant": for_model(Image.new("RGB", (16, 16), (13, 130, 77))),
          "zero": torch.zeros(1, 3, 16, 16), "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
-each_kind = pytest.mark.parametrize("images", KINDS.values(), ids=KINDS.keys())
 each_mask = pytest.mark.parametrize("mask", MASKS)
 
 
@@ -132,50 +131,100 @@ def masked(name, images, ratio, seed=0, **options):
     return make_mask(name, images, ratio, seeded(seed), **dict(patch_size=4, attention=attention) | options)
 
 
+WORDS = "red green blue small large old new round square striped plain dotted".split()
+
+
+def encoded(image, format="PNG", **options):
+    raw = io.BytesIO()
+    image.save(raw, format, **options)
+    return raw.getvalue()
+
+
+def noise_image(seed=0, width=20, height=20, mode="RGB", format="PNG"):
+    """The bytes of a picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return encoded(Image.fromarray(pixels).convert(mode), format)
+
+
+def caption_of(i):
+    return f"a {WORDS[i % 12]} {WORDS[i * 5 % 12]} thing number {i}"
+
+
+def write_shard(path, members, **options):
+    """A tar with these (name, bytes) members, by Python's own tarfile; its path."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, raw in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    return str(path)
+
+
+def pairs(numbers, broken=()):
+    for i in numbers:
+        yield f"{i:04d}.png", b"no picture" if i in broken else noise_image(i)
+        yield f"{i:04d}.txt", caption_of(i).encode()
+
+
+def draw_shards(folder, broken=()):
+    """Two shards of 20 pairs each."""
+    for shard in (0, 1):
+        write_shard(folder / f"{shard}.tar", pairs(range(20 * shard, 20 * shard + 20), broken))
+
+
+def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates="a {c}\nthe {c}.", kind=""):
+    """An evaluation folder with one shard; samples: a list of {extension: bytes}."""
+    (path / "test").mkdir(parents=True)
+    write_shard(path / "test" / "0.tar", [(f"{number:03d}.{extension}", raw) for number, files in enumerate(samples)
+                                          for extension, raw in files.items()])
+    texts = {"test/nshards.txt": shards, "classnames.txt": classnames,
+             "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
+    for name, text in texts.items():
+        if text:
+            (path / name).write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def labelled(count):
+    return [{"jpg": noise_image(number, 40, 32, format="JPEG"), "cls": str(number % 3).encode()}
+            for number in range(count)]
+
+
 # -----------------------------------------------------------------------------
 # Config and command line.
-
-def squeezed(text):
-    return "".join(text.split())
-
 
 def test_help_mentions_every_option_with_its_meaning_and_default(capsys):
     with pytest.raises(SystemExit):
         clip_pgs.parse(["--help"])
-    shown = squeezed(capsys.readouterr().out)
+    shown = "".join(capsys.readouterr().out.split())
     for f in fields(Config):
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         assert f"--{f.name.replace('_', '-')}" in shown
-        assert squeezed(f"{f.metadata['help']} (default: {default or 'none'})") in shown
+        assert "".join(f"{f.metadata['help']} (default: {default or 'none'})".split()) in shown
 
 
 def test_with_data_the_defaults_are_those_of_the_paper():
-    assert clip_pgs.parse(["--data", "x.tar"]) == Config(data=("x.tar",))
+    assert clip_pgs.parse(["--data", "x.tar"]) == (Config(data=("x.tar",)), {})
 
 
 def test_without_data_the_demo_has_its_own_defaults_and_options_still_win():
-    config = clip_pgs.parse(["--lr", "0.5"])
-    assert config == Config(**clip_pgs.DEMO | dict(lr=0.5))
+    assert clip_pgs.parse(["--lr", "0.5"])[0] == Config(**clip_pgs.DEMO | dict(lr=0.5))
 
 
 def test_options_arrive_with_the_type_of_their_field():
-    config = clip_pgs.parse("--data a b --ratio 0.3 0.5 --no-edges --steps 7 --lr 1 --keep --mask none".split())
-    assert config == Config(data=("a", "b"), ratio=(0.3, 0.5), edges=False, steps=7, lr=1.0, keep=True, mask="none")
+    config, _ = clip_pgs.parse("--data a b --ratio 0.3 0.5 --no-edges --steps 7 --lr 1 --keep-epochs --mask none".split())
+    assert config == Config(data=("a", "b"), ratio=(0.3, 0.5), edges=False, steps=7, lr=1.0, keep_epochs=True,
+                            mask="none")
 
 
 @pytest.mark.parametrize("name, value", [
-    ("model", "ViT-B-17"), ("mask", "rnd"), ("ratio", (1.0,)), ("ratio", (-0.1,)), ("ratio", (0.5, 0.3)),
-    ("ratio", (0.1, 0.2, 0.3)), ("ratio", (math.nan,)), ("patch_size", 15), ("patch_size", 0), ("ema_size", 100),
-    ("batch_size", 0), ("accum", 0), ("epochs", 0), ("context_length", 2), ("vocab_size", 513), ("lr", -1.0),
-    ("lr", math.nan), ("workers", -1), ("seed", -1), ("scale", (0.0, 1.0)), ("scale", (0.9, 1.1)), ("betas", (0.9,)),
-    ("betas", (0.9, 1.0)), ("unmasked_epochs", -1.0), ("save_every", 0)])
+    ("model", "ViT-B-17"), ("mask", "rnd"), ("ratio", (1.0,)), ("ratio", (0.5, 0.3)), ("ratio", (math.nan,)),
+    ("image_size", 225), ("ema_size", 100), ("batch_size", 0), ("context_length", 2), ("lr", math.nan), ("seed", -1),
+    ("scale", (0.9, 1.1))])
 def test_a_value_that_cannot_work_is_refused_in_one_line_that_names_its_option(name, value):
+    clip_pgs.check(Config())
     with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}[^\n]+$"):
         clip_pgs.check(Config(**{name: value}))
-
-
-def test_the_paper_s_defaults_can_work():
-    clip_pgs.check(Config())
 
 
 # -----------------------------------------------------------------------------
@@ -200,13 +249,6 @@ def test_similarity_is_the_cosine_of_patches_of_zero_mean(size):
 def test_similarity_does_not_see_brightness_and_contrast():
     images = noise_images(2)
     assert patch_similarity(3 * images + 5, 4).allclose(patch_similarity(images, 4), atol=1e-5)
-
-
-@each_kind
-def test_similarity_is_symmetric_and_at_most_one(images):
-    S = patch_similarity(images, 4)
-    assert S.isfinite().all() and S.abs().max() < 1 + 1e-5
-    assert S.equal(S.mT) and S.diagonal(dim1=1, dim2=2).allclose(torch.tensor(1.0))
 
 
 def test_flat_grey_patches_are_similar_to_each_other_and_not_to_the_others():
@@ -238,15 +280,10 @@ def edges_by_loop(image, P):
     weights = np.array((0.299, 0.587, 0.114))
     colour = image.double().numpy() * np.reshape(data.STD, (3, 1, 1)) + np.reshape(data.MEAN, (3, 1, 1))
     y = np.pad(np.tensordot(weights, colour, 1), 1, mode="edge")
-    magnitude = np.zeros(image.shape[1:])
-    for r in range(magnitude.shape[0]):
-        for c in range(magnitude.shape[1]):
-            right = y[r, c + 2] + 2 * y[r + 1, c + 2] + y[r + 2, c + 2]
-            left = y[r, c] + 2 * y[r + 1, c] + y[r + 2, c]
-            above = y[r, c] + 2 * y[r, c + 1] + y[r, c + 2]
-            below = y[r + 2, c] + 2 * y[r + 2, c + 1] + y[r + 2, c + 2]
-            magnitude[r, c] = math.hypot(right - left, below - above)
-    edges = np.array([p.mean() for p in patches_by_loop(torch.tensor(magnitude)[None], P)])
+    right, left = (y[:-2, c] + 2 * y[1:-1, c] + y[2:, c] for c in (slice(2, None), slice(None, -2)))
+    below, above = (y[r, :-2] + 2 * y[r, 1:-1] + y[r, 2:] for r in (slice(2, None), slice(None, -2)))
+    magnitude = torch.tensor(np.hypot(right - left, below - above))[None]
+    edges = np.array([p.mean() for p in patches_by_loop(magnitude, P)])
     return (edges - edges.min()) / (edges.max() - edges.min())
 
 
@@ -263,11 +300,6 @@ def test_an_image_of_one_colour_has_no_edges(images):
 def test_edges_are_highest_where_the_image_changes():
     edges = sobel_edges(for_model(two_colours(split=8)), 4).view(4, 4)   # half black: the two middle columns
     assert edges[:, 1:3].allclose(torch.tensor(1.0)) and edges[:, [0, 3]].max() < 1e-6
-
-
-def test_edges_of_an_image_do_not_depend_on_its_neighbours_in_the_batch():
-    images = torch.cat([*KINDS.values()])
-    assert sobel_edges(images, 4).allclose(torch.cat([sobel_edges(x[None], 4) for x in images]), atol=1e-6)
 
 
 def test_edges_refuse_an_image_that_patches_do_not_cover():
@@ -288,36 +320,25 @@ def alternating_sinkhorn(S, eps=0.05, tolerance=1e-9):
     return plan
 
 
-SIGNS = torch.tensor([1.0] * 13 + [-1.0] * 3)
-REPEATED = F.normalize(torch.randn(16, 4, generator=seeded()), dim=1)[[0] * 7 + [1] * 3 + [2, 3, 4, 5, 6, 7]]
-each_similarity = pytest.mark.parametrize("S", [
-    *(patch_similarity(images, 4) for images in KINDS.values()), torch.ones(1, 16, 16), torch.zeros(1, 16, 16),
-    torch.eye(16)[None], torch.outer(SIGNS, SIGNS)[None], (REPEATED @ REPEATED.T)[None]],
-    ids=[*KINDS, "ones", "zeros", "identity", "unequal halves", "repeated rows"])
-
-
-@each_similarity
-def test_sinkhorn_rows_and_columns_sum_to_one(S):
-    T = sinkhorn(S)
-    assert T.sum(1).allclose(torch.tensor(1.0), atol=1e-3) and T.sum(2).allclose(torch.tensor(1.0), atol=1e-3)
-
-
-@each_similarity
-def test_sinkhorn_is_symmetric_and_positive(S):
-    T = sinkhorn(S)
-    assert T.allclose(T.mT, atol=1e-6) and T.gt(0).all()
-
-
-@each_similarity
-def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
-    assert sinkhorn(S).double().allclose(alternating_sinkhorn(S), atol=1e-4, rtol=0)
-
-
 def random_symmetric(kind):
     """(4, 40, 40) in [-1, 1] with ones on the diagonal: cosines of random vectors, or any numbers."""
     x = F.normalize(torch.randn(4, 40, 12, generator=seeded(), dtype=torch.float64), dim=-1)
     S = x @ x.mT if kind == "cosines" else (2 * torch.rand(4, 40, 40, generator=seeded(), dtype=torch.float64) - 1).triu()
     return (S.triu(1) + S.triu(1).mT + torch.eye(40)).float()
+
+
+SIGNS = torch.tensor([1.0] * 13 + [-1.0] * 3)
+REPEATED = F.normalize(torch.randn(16, 4, generator=seeded()), dim=1)[[0] * 7 + [1] * 3 + [2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("S", [
+    *(patch_similarity(KINDS[kind], 4) for kind in ("noise", "two colours", "drawn")), torch.ones(1, 16, 16),
+    torch.eye(16)[None], torch.outer(SIGNS, SIGNS)[None], (REPEATED @ REPEATED.T)[None]],
+    ids=["noise", "two colours", "drawn", "ones", "identity", "unequal halves", "repeated rows"])
+def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
+    T = sinkhorn(S)
+    assert T.double().allclose(alternating_sinkhorn(S), atol=1e-4, rtol=0)
+    assert T.sum(1).allclose(torch.tensor(1.0), atol=1e-3) and T.sum(2).allclose(torch.tensor(1.0), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["cosines", "any"])
@@ -328,16 +349,11 @@ def test_the_balanced_similarity_ranks_each_row_as_the_log_of_the_transport_plan
     assert clip_pgs.balance(S).double().allclose(1 + 0.05 * log_plan, atol=1e-5, rtol=0)
 
 
-def test_the_balanced_similarity_of_opposite_patches_is_finite():
-    assert clip_pgs.balance(torch.outer(SIGNS, SIGNS)[None]).isfinite().all()
-
-
 def test_sinkhorn_computes_in_float32_under_autocast():
     S = patch_similarity(noise_images(2), 4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert sinkhorn(S).equal(sinkhorn(S.clone())) and sinkhorn(S).dtype == torch.float32
         inside = sinkhorn(S)
-    assert inside.equal(sinkhorn(S))
+    assert inside.equal(sinkhorn(S)) and inside.dtype == torch.float32
 
 
 # -----------------------------------------------------------------------------
@@ -352,38 +368,18 @@ def test_the_highest_scores_go_as_many_as_are_above_one_half_within_the_range(lo
     for row in range(4):
         n = min(max(sum(s > 0.5 for s in score[row].tolist()), round(20 * low)), round(20 * high))
         order = sorted(range(20), key=lambda i: (score[row, i].item(), noise[row, i].item()), reverse=True)
-        real = keep[row] if valid is None else keep[row][valid[row]]
-        assert real.tolist() == sorted(order[n:])
+        kept = keep[row] if valid is None else keep[row][valid[row]]
+        assert kept.tolist() == sorted(order[n:]) and (valid is None or valid[row, :len(kept)].all())
 
 
 @pytest.mark.parametrize("mask", MASKS[1:])
-@pytest.mark.parametrize("size", [(16, 16), (8, 20), (4, 12), (4, 4)])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("size", [(16, 16), (4, 12)])
+@pytest.mark.parametrize("ratio", [0.1, 0.75, 0.99])
 def test_one_ratio_removes_exactly_that_share_of_every_image(mask, size, ratio):
-    images, L = noise_images(3, *size), size[0] * size[1] // 16
-    keep, valid = masked(mask, images, (ratio,))
-    assert valid is None and keep.shape[1] >= 1
-    assert abs(L - keep.shape[1] - ratio * L) <= 0.5 or keep.shape[1] == 1
-
-
-@each_mask
-@pytest.mark.parametrize("ratio", [(0.5,), (0.3, 0.7)])
-def test_kept_patches_are_sorted_different_and_inside_the_image(mask, ratio):
-    keep, _ = masked(mask, torch.cat([*KINDS.values()]), ratio)
-    assert keep.dtype == torch.int64 and keep.min() >= 0 and keep.max() < 16
-    for row in keep.tolist():
-        assert len(set(row)) == len(row)
-    real = masked(mask, noise_images(4), (0.5,))[0]
-    assert real.diff(dim=1).gt(0).all()
-
-
-@pytest.mark.parametrize("mask", MASKS[1:])
-def test_a_range_removes_between_low_and_high_and_real_slots_come_first_and_sorted(mask):
-    keep, valid = masked(mask, torch.cat([*KINDS.values()] * 4), (0.25, 0.75))
-    assert keep.shape[1] == 12 and valid.sum(1).min() >= 4
-    for slots, real in zip(keep, valid):
-        count = int(real.sum())
-        assert real[:count].all() and slots[:count].diff().gt(0).all()
+    keep, valid = masked(mask, noise_images(3, *size), (ratio,))
+    L = size[0] * size[1] // 16
+    assert valid is None and (abs(L - keep.shape[1] - ratio * L) <= 0.5 or keep.shape[1] == 1)
+    assert keep.diff(dim=1).gt(0).all() and keep.min() >= 0 and keep.max() < L and keep.dtype == torch.int64
 
 
 def test_a_random_range_draws_every_number_in_it():
@@ -436,11 +432,6 @@ def test_attentive_with_a_range_removes_blocks_that_get_less_than_an_even_share(
     assert keep[valid].tolist() == [0, 1, 4, 5]
 
 
-def test_attentive_without_attention_says_what_it_needs():
-    with pytest.raises(ValueError, match="EMA"):
-        masked("attentive", noise_images(1), (0.5,), attention=None)
-
-
 def test_cluster_removes_what_is_most_similar_to_its_anchor():
     images, noise = noise_images(3), torch.rand(3, 17, generator=seeded())
     keep, _ = masked("cluster", images, (0.5,), noise=noise)
@@ -476,15 +467,21 @@ def test_pgs_without_edges_proposes_patches_by_noise_alone():
     assert 6 in masked("pgs", images, (0.1,), noise=noise * 0.5, edges=True)[0]
 
 
-def patches_that_differ(mask, one, other):
-    """How many of the 98 patches that `one` removes stay under `other`, mean over 12 scenes; one, other: options."""
+def test_how_often_a_patch_is_proposed_falls_with_its_edges():
+    edges = torch.linspace(0, 1, 64) ** 2
+    drawn = clip_pgs.pgs_candidates(edges.expand(20_000, -1), torch.rand(20_000, 64, generator=seeded()))
+    often = drawn.flatten().bincount(minlength=64).double()
+    smooth = often.unfold(0, 8, 8).mean(1)
+    assert drawn.shape == (20_000, 3) and smooth.diff().le(0).all() and often[:8].gt(0).all()
+
+
+def patches_that_differ(mask, switch):
+    """How many of the 98 patches that the mask removes stay with the options `switch`, mean over 12 scenes."""
     images, noise = torch.cat([for_model(scene(i)) for i in range(12)]), torch.rand(12, 197, generator=seeded())
     torch.manual_seed(0)
-    visual = CLIP(Config()).visual
-    with torch.no_grad():
-        options = dict(noise=noise, embeddings=visual.patch_tokens(images), alpha=0.5)
-    removed = [torch.ones(12, 196).scatter(1, make_mask(mask, images, (0.5,), **options | changes)[0], 0.0)
-               for changes in (one, other)]
+    embeddings = CLIP(Config()).visual.patch_tokens(images).detach()
+    removed = [torch.ones(12, 196).scatter(1, make_mask(mask, images, (0.5,), **dict(
+        noise=noise, embeddings=embeddings, alpha=0.5) | changes)[0], 0.0) for changes in ({}, switch)]
     return (removed[0] * (1 - removed[1])).sum(1).mean().item()
 
 
@@ -492,7 +489,7 @@ def patches_that_differ(mask, one, other):
     ("pgs", dict(edges=False), 12), ("pgs", dict(transport=False), 2.5), ("pgs", dict(embeddings=None), 2.5),
     ("cluster", dict(embeddings=None), 2.5)])
 def test_every_switch_changes_the_mask_of_a_picture(mask, switch, least):
-    assert least < patches_that_differ(mask, {}, switch) < 50
+    assert least < patches_that_differ(mask, switch) < 50
 
 
 def test_blocks_change_the_mask_of_a_picture():
@@ -502,6 +499,14 @@ def test_blocks_change_the_mask_of_a_picture():
     keep, _ = make_mask("attentive", images, (0.5,), noise=noise, attention=attention)
     single = attention.argsort(1, descending=True)[:, :98]              # the patches that rank alone would keep
     assert np.mean([len(set(a) - set(b)) for a, b in zip(keep.tolist(), single.tolist())]) > 10
+
+
+def test_pgs_keeps_more_edges_than_random_does():
+    images = torch.cat([for_model(scene(i)) for i in range(12)])
+    edges = sobel_edges(images)
+    kept = {mask: (edges.gather(1, make_mask(mask, images, (0.5,), seeded())[0]).sum() / edges.sum()).item()
+            for mask in ("pgs", "random")}
+    assert kept["random"] == pytest.approx(0.5, abs=0.03) and kept["pgs"] > 0.65
 
 
 @each_mask
@@ -521,64 +526,27 @@ def test_a_mask_does_not_depend_on_the_other_images_in_the_batch(mask, ratio):
         assert alone[0].equal(keep[i]) and (valid is None or real[0].equal(valid[i]))
 
 
-@each_mask
-def test_the_same_generator_makes_the_same_mask_and_another_one_another(mask):
-    images = noise_images(4)
-    first, again = (masked(mask, images, (0.5,), seed=0)[0] for _ in range(2))
-    assert first.equal(again)
-    assert mask == "none" or not first.equal(masked(mask, images, (0.5,), seed=1)[0])
-
-
-@each_mask
-def test_a_mask_is_the_same_under_autocast(mask):
-    images = noise_images(4)
+def test_the_same_generator_makes_the_same_mask_also_under_autocast_and_another_one_another():
+    first = masked("pgs", noise_images(4), (0.5,), seed=0)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        inside = masked(mask, images, (0.5,))[0]
-    assert inside.equal(masked(mask, images, (0.5,))[0])
+        assert first.equal(masked("pgs", noise_images(4), (0.5,), seed=0)[0])
+    assert not first.equal(masked("pgs", noise_images(4), (0.5,), seed=1)[0])
 
 
-def test_unknown_mask_names_the_choices():
-    with pytest.raises(ValueError, match="none, random, cluster, attentive, pgs"):
-        masked("dropout", noise_images(1), (0.5,))
-
-
-@pytest.mark.parametrize("ratio", [(1.0,), (-0.1,), (0.5, 1.0), (0.6, 0.5), ()])
-def test_a_ratio_outside_its_range_is_refused(ratio):
-    with pytest.raises(ValueError, match="--ratio"):
-        masked("random", noise_images(1), ratio)
-
-
-def ranks_of(x):
-    """Ranks, equal values sharing the mean of theirs."""
-    return ((x[:, None] > x).sum(1) + 0.5 * (x[:, None] == x).sum(1)).double()
-
-
-def test_how_often_a_patch_is_proposed_falls_with_its_edges():
-    edges = torch.linspace(0, 1, 64) ** 2
-    drawn = clip_pgs.pgs_candidates(edges.expand(20_000, -1), torch.rand(20_000, 64, generator=seeded()))
-    often = drawn.flatten().bincount(minlength=64)
-    assert torch.stack([ranks_of(edges), ranks_of(often)]).corrcoef()[0, 1] < -0.9
-
-
-def test_every_patch_without_edges_is_proposed_sometimes():
-    edges = torch.ones(64)
-    edges[10:50] = 0
-    drawn = clip_pgs.pgs_candidates(edges.expand(1000, -1), torch.rand(1000, 64, generator=seeded()))
-    assert drawn.shape == (1000, 3) and drawn.flatten().bincount(minlength=64)[10:50].gt(0).all()
-
-
-def test_pgs_keeps_more_edges_than_random_does():
-    images = for_model(picture(64)).expand(50, -1, -1, -1)
-    edges = torch.tensor(edges_by_loop(images[0], 4))
-    kept = {mask: edges[masked(mask, images, (0.5,))[0]].sum(1).mean() / edges.sum() for mask in ("pgs", "random")}
-    assert kept["random"].item() == pytest.approx(0.5, abs=0.03) and kept["pgs"] > 0.65
+@pytest.mark.parametrize("mask, ratio, options, says", [
+    ("dropout", (0.5,), {}, "none, random, cluster, attentive, pgs"), ("random", (1.0,), {}, "--ratio"),
+    ("random", (0.6, 0.5), {}, "--ratio"), ("random", (), {}, "--ratio"),
+    ("attentive", (0.5,), dict(attention=None), "EMA")])
+def test_what_no_mask_can_be_made_of_is_refused(mask, ratio, options, says):
+    with pytest.raises(ValueError, match=says):
+        masked(mask, noise_images(1), ratio, **options)
 
 
 # -----------------------------------------------------------------------------
 # Model.
 
 def test_vit_b_16_has_as_many_parameters_as_open_clip_s():
-    with CPU, torch.device("meta"):
+    with torch.device("meta"):
         assert sum(p.numel() for p in CLIP(Config()).parameters()) == 149_620_737
 
 
@@ -626,12 +594,6 @@ def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
     assert not clip.encode_image(changed).allclose(clip.encode_image(images))
 
 
-def test_a_kept_patch_brings_its_own_position():
-    clip, images = random_clip(tiny()), torch.zeros(1, 3, 16, 16)
-    one, other = (clip.encode_image(images, torch.tensor([[i]])) for i in (3, 4))
-    assert not one.allclose(other, atol=1e-3)
-
-
 def ragged(B):
     """Images with between 1 and 12 of their 16 patches kept, and the features of each encoded alone."""
     clip, images = random_clip(tiny()), noise_images(B)
@@ -652,8 +614,8 @@ def test_padded_slots_do_not_change_the_gradients():
     expected = torch.autograd.grad((alone * weight).sum(), parameters)
     images.requires_grad_()
     loss = (clip.encode_image(images, keep, valid) * weight).sum()
-    *gradients, pixels = torch.autograd.grad(loss, [*parameters, images])
-    assert all(ours.allclose(theirs, atol=1e-4) for ours, theirs in zip(gradients, expected))
+    *grads, pixels = torch.autograd.grad(loss, [*parameters, images])
+    assert all(ours.allclose(theirs, atol=1e-4) for ours, theirs in zip(grads, expected))
     seen = torch.zeros(5, 16).scatter(1, keep, valid.float())
     assert clip_pgs.patchify(pixels, 4).abs().sum(2).gt(0).equal(seen.gt(0))
 
@@ -666,39 +628,22 @@ def tokens_computed(tower, work):
     return sum(seen)
 
 
-def test_padded_slots_are_not_computed():
+def test_padding_is_not_computed():
     clip, images, keep, valid, _ = ragged(20)
     computed = tokens_computed(clip.visual.transformer, lambda: clip.encode_image(images, keep, valid))
-    assert computed == valid.sum() + 20 < valid.numel()                 # a class token an image
+    assert computed == valid.sum() + 20 < valid.numel()                 # a class token per image
+    tokens = random_tokens(20)
+    assert tokens_computed(clip.transformer, lambda: clip.encode_text(tokens)) == tokens.ne(0).sum() < tokens.numel()
 
 
-def test_a_caption_is_computed_up_to_its_end():
-    clip, tokens = random_clip(tiny()), random_tokens(20)
-    computed = tokens_computed(clip.transformer, lambda: clip.encode_text(tokens))
-    assert computed == tokens.ne(0).sum() < tokens.numel()
-
-
-def test_unpacking_undoes_packing_in_value_and_gradient():
-    x, places = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64), torch.tensor([0, 1, 4])
-    there_and_back = clip_pgs.unpack(clip_pgs.Pack.apply(x, places), places, (2, 3))
-    assert there_and_back.equal(x * torch.tensor([[1, 1, 0], [0, 1, 0]])[..., None])
-    assert torch.autograd.gradcheck(clip_pgs.Pack.apply, (x.requires_grad_(), places))
-    packed = torch.randn(3, 4, generator=seeded(), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda packed: clip_pgs.unpack(packed, places, (2, 3)), packed)
-
-
-def test_a_caption_s_feature_does_not_depend_on_what_follows_its_end():
+def test_a_caption_s_feature_depends_on_all_before_its_end_and_on_nothing_after_it():
     clip, tokens = random_clip(tiny()), random_tokens(6)
     filled = tokens.where(tokens != 0, torch.randint(1, 500, tokens.shape, generator=seeded()))
     assert clip.encode_text(filled).allclose(clip.encode_text(tokens), atol=1e-5)
-
-
-def test_a_caption_s_feature_depends_on_every_token_before_its_end():
-    clip, tokens = random_clip(tiny()), torch.tensor([[598, 1, 2, 3, 4, 599, 0, 0]])
-    for i in range(1, 5):
-        changed = tokens.clone()
-        changed[0, i] = 77
-        assert not clip.encode_text(changed).allclose(clip.encode_text(tokens), atol=1e-4)
+    for place in range(1, 4):
+        changed = torch.tensor([[598, 1, 2, 3, 599, 0]])
+        changed[0, place] = 77
+        assert not clip.encode_text(changed).allclose(clip.encode_text(torch.tensor([[598, 1, 2, 3, 599]])), atol=1e-4)
 
 
 def test_captions_encoded_together_get_the_features_of_each_alone():
@@ -713,7 +658,7 @@ def test_gradient_checkpointing_gives_the_same_bits(ratio):
 
 
 # -----------------------------------------------------------------------------
-# The EMA encoder of the attentive mask.
+# Teacher.
 
 def class_attention_by_brute_force(visual, images):
     """Full softmax maps of every layer and head in float64; of those the class token's row."""
@@ -732,7 +677,6 @@ def test_class_attention_is_the_class_token_s_row_of_all_attention_maps():
     visual, images = random_clip(tiny()).visual, noise_images(3)
     expected = class_attention_by_brute_force(visual, images)
     assert clip_pgs.class_attention(visual, images).double().allclose(expected, atol=1e-6)
-    assert not clip_pgs.class_attention(visual, images).requires_grad
 
 
 def test_class_attention_at_half_the_size_is_stretched_over_all_patches():
@@ -753,8 +697,8 @@ def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progr
 # -----------------------------------------------------------------------------
 # Loss.
 
-def features(B=6, D=4):
-    return [torch.randn(B, D, dtype=torch.float64, generator=seeded(i), requires_grad=True) for i in (0, 1)]
+def features(B=6, E=4):
+    return [torch.randn(B, E, dtype=torch.float64, generator=seeded(i), requires_grad=True) for i in (0, 1)]
 
 
 def loss_by_loop(images, texts, scale):
@@ -767,135 +711,23 @@ def loss_by_loop(images, texts, scale):
     return total / (2 * B)
 
 
-def test_the_loss_equals_a_double_loop():
+def test_the_loss_equals_a_double_loop_over_the_decoded_pairs():
     images, texts = features()
     assert clip_pgs.clip_loss(images, texts, 14.3).item() == pytest.approx(loss_by_loop(images, texts, 14.3), abs=1e-12)
+    decoded = torch.tensor([True, False, True, True, False, True])
+    expected = loss_by_loop(images[decoded], texts[decoded], 9.0)
+    assert clip_pgs.clip_loss(images, texts, 9.0, decoded).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_gradients_of_the_loss_equal_finite_differences():
-    scale, valid = torch.tensor(5.0, dtype=torch.float64, requires_grad=True), torch.tensor([True] * 4 + [False, True])
+    scale, decoded = torch.tensor(5.0, dtype=torch.float64, requires_grad=True), torch.tensor([True] * 4 + [False, True])
     assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale))
-    assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale, valid))
-
-
-def test_logits_computed_a_few_rows_at_a_time_give_the_loss_and_gradient_of_all(monkeypatch):
-    images, texts = features()
-    whole = torch.autograd.grad(clip_pgs.clip_loss(images, texts, 9.0), (images, texts))
-    monkeypatch.setattr(clip_pgs, "LOSS_ROWS", 4)  # of 6: one part is shorter
-    loss = clip_pgs.clip_loss(images, texts, 9.0)
-    assert loss.item() == pytest.approx(loss_by_loop(images, texts, 9.0), abs=1e-12)
-    assert all(a.allclose(b, rtol=0, atol=1e-12) for a, b in zip(torch.autograd.grad(loss, (images, texts)), whole))
+    assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale, decoded))
 
 
 def test_identical_features_cost_log_batch_size():
     same = torch.ones(7, 4)
     assert clip_pgs.clip_loss(same, same, 100.0).item() == pytest.approx(math.log(7), abs=1e-5)
-
-
-def test_pairs_that_are_not_valid_are_left_out_as_rows_and_as_columns():
-    images, texts = features()
-    valid = torch.tensor([True, False, True, True, False, True])
-    expected = loss_by_loop(images[valid], texts[valid], 9.0)
-    assert clip_pgs.clip_loss(images, texts, 9.0, valid).item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_batch_without_a_valid_pair_costs_nothing_and_has_no_gradient():
-    images, texts = features()
-    loss = clip_pgs.clip_loss(images, texts, 9.0, torch.zeros(6, dtype=torch.bool))
-    loss.backward()
-    assert loss == 0 and images.grad.eq(0).all() and texts.grad.eq(0).all()
-
-
-# -----------------------------------------------------------------------------
-# One step, in one pass or many, on one rank or two.
-
-def one_step(config):
-    """(1 + P,) loss and gradients of a step on 8 pairs, one of them not valid, shared out among the ranks."""
-    rank, world_size = clip_pgs.ranks()
-    clip = random_clip(config)
-    model = DistributedDataParallel(clip) if world_size > 1 else clip
-    images = torch.randint(256, (8, 3, 16, 16), generator=seeded(), dtype=torch.uint8).chunk(world_size)[rank]
-    tokens, real = random_tokens(8).chunk(world_size)[rank], (torch.arange(8) != 5).chunk(world_size)[rank]
-    noise = clip_pgs.step_noise(config, 3, 8, CPU)
-    keep, valid = clip_pgs.batch_masks(config, clip.visual, clip.visual, images, noise, 0.5)
-    loss = clip_pgs.backward(model, images, tokens, keep, valid, real, config.accum)
-    mean = torch.tensor([clip_pgs.Report(loss=loss).read()["loss"]])
-    return torch.cat([mean, *(p.grad.flatten() for p in clip.parameters())])
-
-
-RANGE = tiny(mask="pgs", ratio=(0.25, 0.75))
-
-
-@each_mask
-@pytest.mark.parametrize("ratio", [(0.5,), (0.25, 0.75)])
-def test_many_small_passes_make_the_gradients_of_one_large_batch(mask, ratio):
-    config = tiny(mask=mask, ratio=ratio)
-    whole, parts = one_step(config), one_step(tiny(mask=mask, ratio=ratio, accum=4))
-    assert whole[1:].abs().max() > 0.1 and parts.allclose(whole, rtol=0, atol=1e-5)
-
-
-def work_of_a_rank(rank, folder):
-    """What two processes do for the tests below; leaves its results in the folder."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    steps = [one_step(RANGE), one_step(tiny(mask="pgs", ratio=(0.25, 0.75), accum=2))]
-    noise = clip_pgs.step_noise(RANGE, 3, 8, CPU)
-    clip_pgs.train(clip_pgs.parse(options(folder, "--batch-size", 4, "--out", f"{folder}/two")), CPU)
-    clip_pgs.train(clip_pgs.parse(options(folder, "--batch-size", 2, "--accum", 2, "--out", f"{folder}/resumed",
-                                          "--resume", f"{folder}/one/epoch_1.pt")), CPU)
-    with pytest.raises(ValueError, match="zero.bad: empty file"):  # rank 0 alone reads it; both end
-        clip_pgs.train(clip_pgs.parse(["--data", f"{folder}/zero.bad", "--out", f"{folder}/three"]), CPU)
-    torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
-    os._exit(0)  # as main does
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """A folder with the work of one process (`one`) and of two: gradients, masks, whole training runs."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    draw_shards(folder)
-    (folder / "zero.bad").touch()
-    command(*options(folder, "--out", folder / "one", "--keep"))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(work_of_a_rank, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("accum", [1, 2])
-def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, accum):
-    expected = one_step(RANGE)
-    for rank in (0, 1):
-        steps, _ = torch.load(two_ranks / f"rank_{rank}.pt")
-        assert steps[accum - 1].allclose(expected, rtol=0, atol=1e-5)
-
-
-def test_two_ranks_never_draw_the_same_masks(two_ranks):
-    (_, first), (_, second) = (torch.load(two_ranks / f"rank_{rank}.pt") for rank in (0, 1))
-    assert torch.cat([first, second]).equal(clip_pgs.step_noise(RANGE, 3, 8, CPU))
-    assert len(torch.cat([first, second]).unique(dim=0)) == 8
-
-
-def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two_ranks):
-    assert losses(two_ranks / "two") == pytest.approx(losses(two_ranks / "one"), abs=1e-5)
-
-
-def test_a_run_of_one_rank_goes_on_with_two(two_ranks):
-    assert losses(two_ranks / "resumed") == pytest.approx(losses(two_ranks / "one")[5:], abs=1e-5)
-
-
-# -----------------------------------------------------------------------------
-# What a step asks of the device.
-
-@each_mask
-def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
-    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())  # which the meta device does not know
-    with torch.device("meta"):  # where no tensor has a value: to read one is an error
-        clip, noise = CLIP(tiny()), torch.empty(4, 17)
-    images, real = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
-    optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
-    loss, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), real, noise, 0.5)
-    assert loss.is_meta
 
 
 # -----------------------------------------------------------------------------
@@ -921,146 +753,101 @@ def test_warm_up_takes_at_most_a_fifth_of_a_run():
 
 
 # -----------------------------------------------------------------------------
-# Checkpoint.
+# One step, in one pass or many, on one rank or two.
 
-@pytest.mark.parametrize("broken", ["replace", "fsync"])
-def test_a_checkpoint_that_cannot_be_finished_leaves_the_one_before_whole(tmp_path, monkeypatch, broken):
-    path = str(tmp_path / "ckpt.pt")
-    clip_pgs.save_checkpoint(path, step=1)
-
-    def fail(*arguments):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(clip_pgs.os, broken, fail)
-    with pytest.raises(OSError, match=r"ckpt.pt: could not be written \(No space left[^\n]*$"):
-        clip_pgs.save_checkpoint(path, step=2)
-    assert clip_pgs.load_checkpoint(path) == {"step": 1}
-
-
-def test_a_checkpoint_gets_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    path, seen = str(tmp_path / "ckpt.pt"), []
-    clip_pgs.save_checkpoint(path, step=1)
-    rename = os.replace
-    monkeypatch.setattr(clip_pgs.os, "replace", lambda old, new: (seen.append(torch.load(old)), rename(old, new)))
-    clip_pgs.save_checkpoint(path, step=2)
-    assert seen == [{"step": 2}] and os.listdir(tmp_path) == ["ckpt.pt"]
+def one_step(config):
+    """(1 + P,) loss and gradients of a step on 8 pairs, one of them not decoded, shared out among the ranks."""
+    rank, world_size = clip_pgs.ranks()
+    clip = random_clip(config)
+    model = DistributedDataParallel(clip) if world_size > 1 else clip
+    images = torch.randint(256, (8, 3, 16, 16), generator=seeded(), dtype=torch.uint8).chunk(world_size)[rank]
+    tokens, decoded = random_tokens(8).chunk(world_size)[rank], (torch.arange(8) != 5).chunk(world_size)[rank]
+    noise = clip_pgs.step_noise(config, 3, 8, CPU)
+    keep, valid = clip_pgs.batch_masks(config, clip.visual, clip.visual, images, noise, 0.5)
+    loss = clip_pgs.gradients(model, images, tokens, keep, valid, decoded, config.accum)
+    mean = clip_pgs.mean_over_ranks(CPU, loss).float()
+    return torch.cat([mean, *(p.grad.flatten() for p in clip.parameters())])
 
 
-class Evil:
-    """A pickle of it writes a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+RANGE = tiny(mask="pgs", ratio=(0.25, 0.75))
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    for write in (lambda x, path: path.write_bytes(pickle.dumps(x, 2)), torch.save):
-        write({"model": Evil(str(tmp_path / "pwned"))}, tmp_path / "evil.pt")
-        with pytest.raises(ValueError, match="^[^\n]*evil.pt: refused[^\n]*could run code$"):
-            clip_pgs.load_checkpoint(str(tmp_path / "evil.pt"))
-    assert not (tmp_path / "pwned").exists()
+@pytest.mark.parametrize("mask, ratio", [("none", (0.5,)), ("attentive", (0.25, 0.75)), ("pgs", (0.5,)),
+                                         ("pgs", (0.25, 0.75))])
+def test_many_small_passes_make_the_gradients_of_one_large_batch(mask, ratio):
+    whole, parts = (one_step(tiny(mask=mask, ratio=ratio, accum=accum)) for accum in (1, 4))
+    assert whole[1:].abs().max() > 0.1 and parts.allclose(whole, rtol=0, atol=1e-5)
 
 
-def saved(thing):
-    raw = io.BytesIO()
-    torch.save(thing, raw)
-    return raw.getvalue()
+def work_of_a_rank(rank, folder):
+    """What two processes do for the tests below; leaves its results in the folder."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    steps = [one_step(RANGE), one_step(tiny(mask="pgs", ratio=(0.25, 0.75), accum=2))]
+    noise = clip_pgs.step_noise(RANGE, 3, 8, CPU)
+    for out, more in (("two", ("--batch-size", 4)), ("resumed", ("--batch-size", 2, "--accum", 2, "--resume",
+                                                                   f"{folder}/one/epoch_1.pt"))):
+        clip_pgs.train(*clip_pgs.parse(options(folder, *more, "--out", f"{folder}/{out}")), CPU)
+    torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
+    os._exit(0)  # as main does
 
 
-@pytest.mark.parametrize("raw", [b"", b"not a checkpoint", saved({"step": 1})[:300], saved([1, 2]), None],
-                         ids=["empty", "text", "cut", "list", "missing"])
-def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, raw):
-    path = tmp_path / "ckpt.pt"
-    if raw is not None:
-        path.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"^[^\n]*ckpt.pt: [^\n]+$"):
-        clip_pgs.load_checkpoint(str(path))
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A folder with the work of one process (`one`) and of two: gradients, masks, whole training runs."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    draw_shards(folder)
+    val = make_folder(folder / "val", labelled(7))
+    command(*options(folder, "--out", folder / "one", "--keep-epochs", "--val", val))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(work_of_a_rank, (str(folder),), nprocs=2)
+    return folder
 
 
-# -----------------------------------------------------------------------------
-# Pictures of masks.
-
-def test_normalised_images_have_clip_s_mean_and_deviation_and_come_back_as_they_were():
-    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert data.normalize(pixels)[0, 1, 3, 3].item() == pytest.approx((51 / 255 - 0.4578275) / 0.26130258)
-    back = data.denormalize(data.normalize(pixels))
-    assert (back == pixels.permute(0, 2, 3, 1).numpy()).all()
+@pytest.mark.parametrize("accum", [1, 2])
+def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, accum):
+    expected = one_step(RANGE)
+    for rank in (0, 1):
+        steps, _ = torch.load(two_ranks / f"rank_{rank}.pt")
+        assert steps[accum - 1].allclose(expected, rtol=0, atol=1e-5)
 
 
-def test_removed_patches_are_grey_in_the_picture_and_kept_ones_as_they_were():
-    images = for_model(picture(16))
-    seen = clip_pgs.masked_pictures(images, torch.tensor([[0, 5, 15, 1]]), torch.tensor([[True, True, True, False]]), 4)
-    expected = np.full((16, 16, 3), 128, np.uint8)
-    for y, x in ((0, 0), (4, 4), (12, 12)):
-        expected[y:y + 4, x:x + 4] = np.asarray(picture(16))[y:y + 4, x:x + 4]
-    assert (seen[0] == expected).all()
+def test_two_ranks_never_draw_the_same_masks(two_ranks):
+    (_, first), (_, second) = (torch.load(two_ranks / f"rank_{rank}.pt") for rank in (0, 1))
+    assert torch.cat([first, second]).equal(clip_pgs.step_noise(RANGE, 3, 8, CPU))
+    assert len(torch.cat([first, second]).unique(dim=0)) == 8
 
 
-def test_a_photograph_is_shown_upright_and_cut_to_its_middle(tmp_path):
-    image = Image.new("RGB", (60, 30), "blue")
-    image.paste("red", (15, 0, 30, 30))                                 # middle square: left half red, right half blue
-    exif = Image.Exif()
-    exif[0x0112] = 3                                                    # stored upside down
-    image.rotate(180).save(tmp_path / "photo.png", exif=exif)
-    shown = data.denormalize(clip_pgs.open_photo(str(tmp_path / "photo.png"), 16))[0]
-    assert shown[8, 3].tolist() == [255, 0, 0] and shown[8, 12].tolist() == [0, 0, 255]
+def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two_ranks):
+    assert losses(two_ranks / "two") == pytest.approx(losses(two_ranks / "one"), abs=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, mode):
-    name = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
-    (Image.new("I;16", (50, 40), 9) if mode == "I;16" else picture(50).convert(mode)).save(name)
-    command("--show-masks", name, name, "--model", "tiny", "--image-size", 16, "--patch-size", 4, "--out",
-            tmp_path / "out")
-    sheet = Image.open(tmp_path / "out" / "masks.png")
-    assert sheet.width == 6 * 198 + 6 and sheet.height == 18 + 2 * 198 + 6  # photograph, edges, four masks; two rows
+def test_a_run_of_one_rank_goes_on_with_two_and_with_its_folders(two_ranks):
+    assert losses(two_ranks / "resumed") == pytest.approx(losses(two_ranks / "one")[5:], abs=1e-5)
+    one, resumed = ([r["eval"] for r in read_log(two_ranks / name) if "eval" in r] for name in ("one", "resumed"))
+    assert resumed == one[1:] and one[1][str(two_ranks / "val")].keys() == {"acc1", "acc5", "mean_per_class_recall"}
+
+
+@each_mask
+def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
+    # The meta device does not know autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())
+    with torch.device("meta"):  # where no tensor has a value: to read one is an error
+        clip, noise = CLIP(tiny()), torch.empty(4, 17)
+    images, decoded = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
+    optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
+    loss, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), decoded, noise, 0.5)
+    assert loss.is_meta
 
 
 # -----------------------------------------------------------------------------
-# Training.
-
-WORDS = "red green blue small large old new round square striped plain dotted".split()
-
-
-def png(seed=0, size=20):
-    raw = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-    Image.fromarray(pixels).save(raw, "PNG")
-    return raw.getvalue()
-
-
-def caption_of(i):
-    return f"a {WORDS[i % 12]} {WORDS[i * 5 % 12]} thing number {i}"
-
-
-def write_shard(path, members, **options):
-    """A tar with these (name, bytes) members, by Python's own tarfile."""
-    with tarfile.open(path, "w", **options) as tar:
-        for name, raw in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(raw)
-            tar.addfile(member, io.BytesIO(raw))
-    return str(path)
-
-
-def pairs(numbers, broken=()):
-    for i in numbers:
-        yield f"{i:04d}.png", b"no picture" if i in broken else png(i)
-        yield f"{i:04d}.txt", caption_of(i).encode()
-
-
-def draw_shards(folder, broken=()):
-    """Two shards of 20 pairs each."""
-    for shard in (0, 1):
-        write_shard(folder / f"{shard}.tar", pairs(range(20 * shard, 20 * shard + 20), broken))
-
+# The run.
 
 def options(folder, *more):
     """The command line of a tiny run: 5 steps an epoch, 10 in all."""
     return ["--data", f"{folder}/*.tar", *map(str, (
-        "--model", "tiny", "--image-size", 16, "--patch-size", 4, "--context-length", 12, "--vocab-size", 600,
+        "--model", "128x2-64x2-16", "--image-size", 16, "--patch-size", 4, "--context-length", 12, "--vocab-size", 600,
         "--batch-size", 8, "--epochs", 2, "--workers", 0, *more))]
 
 
@@ -1069,7 +856,7 @@ def read_log(folder):
 
 
 def losses(folder):
-    return [record["loss"] for record in read_log(folder)]
+    return [record["loss"] for record in read_log(folder) if "eval" not in record]
 
 
 def without_speed(log):
@@ -1083,6 +870,9 @@ def command(*arguments):
         patch.setattr(sys, "argv", ["clip_pgs.py", *map(str, arguments)])
         try:
             clip_pgs.main()
+        except SystemExit as stop:
+            if stop.code:
+                raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -1104,27 +894,23 @@ def test_a_run_leaves_a_log_a_checkpoint_and_a_picture_and_says_what_to_do_next(
     assert [(record["step"], record["epoch"]) for record in log] == [(i + 1, i // 5 + 1) for i in range(10)]
     assert log[0].keys() == {"step", "epoch", "loss", "lr", "logit_scale", "images_per_s", "kept"}
     assert log[0]["kept"] == 0.5 and log[0]["loss"] > 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "index.npz", "log.jsonl", "masks.png"]
-    assert clip_pgs.load_checkpoint(str(tmp_path / "out" / "ckpt.pt"))["step"] == 10
+    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "index.json", "index.npy", "log.jsonl", "masks.png"]
+    assert evaluate.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 10
     printed = capsys.readouterr().out
     assert "8 of 16 patches removed" in printed and "python evaluate.py" in printed.splitlines()[-1]
 
 
-def test_the_same_seed_gives_the_same_losses_to_the_last_digit(train):
+def test_the_same_seed_gives_the_same_losses_to_the_last_digit_with_any_number_of_workers(train):
     first = train("--seed", 1)
-    assert without_speed(train("--seed", 1, out="again")) == without_speed(first)
+    assert without_speed(train("--seed", 1, "--workers", 2, out="again")) == without_speed(first)
     assert without_speed(train("--seed", 2, out="other")) != without_speed(first)
-
-
-def test_the_number_of_workers_changes_nothing(train):
-    assert without_speed(train("--workers", 2, out="two")) == without_speed(train())
 
 
 @each_mask
 def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp_path, mask):
-    whole = train("--mask", mask, "--keep", "--ratio", 0.3, 0.5)
-    rest = train("--mask", mask, "--ratio", 0.3, 0.5, "--resume", tmp_path / "out" / "epoch_1.pt", out="rest")
-    assert without_speed(rest) == without_speed(whole)[5:]
+    whole = train("--mask", mask, "--keep-epochs", "--ratio", 0.3, 0.5)
+    command("--resume", tmp_path / "out" / "epoch_1.pt", "--out", tmp_path / "rest")   # with the options of its run
+    assert without_speed(read_log(tmp_path / "rest")) == without_speed(whole)[5:]
 
 
 def test_accumulated_runs_have_the_losses_of_the_large_batch(train):
@@ -1142,111 +928,61 @@ def test_the_last_epochs_can_see_whole_images(train):
     assert [record["kept"] for record in train("--unmasked-epochs", 0.6)] == [0.5] * 7 + [1.0] * 3
 
 
+def change_checkpoint(path, name, value):
+    state = torch.load(path)
+    state["model"][name].fill_(value)
+    torch.save(state, path)
+
+
 def test_logit_scale_never_exceeds_100(train, tmp_path):
     train("--steps", 5)
-    path = str(tmp_path / "out" / "ckpt.pt")
-    state = clip_pgs.load_checkpoint(path)
-    state["model"]["logit_scale"].fill_(9)
-    clip_pgs.save_checkpoint(path, **state)
-    log = train("--steps", 8, "--resume", "--force")
+    change_checkpoint(tmp_path / "out" / "ckpt.pt", "logit_scale", 9)
+    log = train("--steps", 8, "--resume")
     assert log[5]["logit_scale"] == pytest.approx(100) and max(r["logit_scale"] for r in log[5:]) < 100.001
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_unsaved_and_names_the_samples(train, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, tmp_path):
     train("--steps", 3)
-    path = str(tmp_path / "out" / "ckpt.pt")
-    state = clip_pgs.load_checkpoint(path)
-    state["model"]["visual.proj"].fill_(math.nan)
-    clip_pgs.save_checkpoint(path, **state)
-    with pytest.raises(SystemExit, match="step 4: the loss is nan[^\n]*not_finite_step_4.txt$"):
-        train("--steps", 5, "--resume", "--force", "--save-every", 1)
-    names = (tmp_path / "out" / "not_finite_step_4.txt").read_text().splitlines()
-    assert len(names) == 8 and all(".tar: 00" in name and name.endswith(".png") for name in names)
-    assert clip_pgs.load_checkpoint(path)["step"] == 3
+    change_checkpoint(tmp_path / "out" / "ckpt.pt", "visual.proj", math.nan)
+    with pytest.raises(SystemExit, match="^error: step 4: the loss is nan[^\n]*$"):
+        train("--steps", 5, "--resume", "--save-every", 1)
+    assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 3
 
 
-def test_resuming_with_another_learning_rate_says_so_and_wants_force(train):
+def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(train, tmp_path):
     train("--steps", 3)
-    with pytest.raises(SystemExit, match=r"--lr was 0.001, now 0.5[^\n]*--force"):
-        train("--steps", 3, "--lr", 0.5, "--resume")
-    assert len(train("--steps", 5, "--lr", 0.5, "--resume", "--force")) == 5
-
-
-def test_resuming_with_another_global_batch_is_refused_but_its_parts_may_change(train):
-    train("--steps", 3)
-    with pytest.raises(SystemExit, match="were 8, now 4"):
+    with pytest.raises(SystemExit, match="^error: --resume [^\n]*had 8 images per step[^\n]*now there are 4"):
         train("--steps", 3, "--batch-size", 4, "--resume")
-    assert len(train("--steps", 3, "--batch-size", 4, "--accum", 2, "--resume")) == 3
+    assert len(train("--steps", 5, "--batch-size", 4, "--accum", 2, "--lr", 0.1, "--mask", "attentive", "--resume")) == 5
+    write_shard(tmp_path / "1.tar", pairs(range(20, 36)))               # one sample in ten is gone: another order
+    with pytest.raises(SystemExit, match="^error: --resume [^\n]*had 40 samples, now there are 36"):
+        train("--steps", 8, "--accum", 1, "--resume")
 
 
 def test_resume_alone_starts_fresh_where_there_is_no_checkpoint(train):
     assert len(train("--resume", "--steps", 2)) == 2
 
 
-def test_resuming_on_fewer_samples_than_before_is_refused(train, tmp_path):
-    train("--steps", 3)
-    write_shard(tmp_path / "1.tar", pairs(range(20, 36)))               # one sample in ten is gone: another order
-    with pytest.raises(SystemExit, match="40[^\n]*36[^\n]*--force"):
-        train("--steps", 3, "--resume")
-
-
-def test_force_goes_on_with_another_mask_even_one_that_needs_an_ema_encoder(train):
-    train("--steps", 2, "--mask", "random")
-    assert len(train("--steps", 4, "--mask", "attentive", "--resume", "--force")) == 4
-
-
-@pytest.mark.parametrize("option", [("--model", "demo"), ("--context-length", 8)])
-def test_force_cannot_fit_a_checkpoint_into_another_model(train, option):
-    train("--steps", 2)
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*ckpt.pt[^\n]*$"):
-        train("--steps", 2, *option, "--resume", "--force")
-
-
-def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
-    train("--mask", "attentive", "--steps", 2)
-    picture(40).save(tmp_path / "photo.png")
-    capsys.readouterr()
-    command("--show-masks", tmp_path / "photo.png", "--resume", tmp_path / "out" / "ckpt.pt", "--out", tmp_path / "new")
-    assert capsys.readouterr().out == f"wrote {tmp_path}/new/masks.png\n" and (tmp_path / "new" / "masks.png").exists()
-
-
-def test_masks_cannot_be_shown_with_weights_of_an_unknown_model(tmp_path):
-    picture(40).save(tmp_path / "photo.png")
-    clip_pgs.save_checkpoint(str(tmp_path / "bare.pt"), **CLIP(tiny()).state_dict())
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*bare.pt[^\n]*$"):
-        command("--show-masks", tmp_path / "photo.png", "--resume", tmp_path / "bare.pt", "--out", tmp_path / "shown")
-
-
 def test_every_epoch_is_evaluated_and_the_result_is_in_the_log_and_on_the_screen(train, tmp_path, capsys):
-    folder = tmp_path / "val"
-    os.makedirs(folder / "test")
-    write_shard(folder / "test" / "0.tar", [(f"{i}.{kind}", raw) for i in range(4)
-                                            for kind, raw in (("png", png(i)), ("cls", b"%d" % (i % 2)))])
-    for name, text in {"test/nshards.txt": "1", "classnames.txt": "cat\ndog",
-                       "zeroshot_classification_templates.txt": "a {c}"}.items():
-        (folder / name).write_text(text)
-    evaluated = [(r["step"], r["eval"][str(folder)]["acc5"]) for r in train("--val", folder) if "eval" in r]
+    folder = make_folder(tmp_path / "val", labelled(4))
+    evaluated = [(r["step"], r["eval"][folder]["acc5"]) for r in train("--val", folder) if "eval" in r]
     assert evaluated == [(5, 1.0), (10, 1.0)] and "acc1" in capsys.readouterr().out
-
-
-def test_a_truncated_shard_costs_its_tail_and_a_warning(train, tmp_path, capsys):
-    os.truncate(tmp_path / "1.tar", os.path.getsize(tmp_path / "1.tar") // 2)
-    assert len(train("--max-bad", 0.5)) == 2 * 3                        # at least 24 of 40 pairs are left
-    assert "warning" in (printed := capsys.readouterr().out) and "1.tar: truncated" in printed
 
 
 def test_broken_samples_are_counted_and_reported_once(train, tmp_path, capsys):
     draw_shards(tmp_path, broken=(7, 33))
     train("--epochs", 1)
-    assert capsys.readouterr().out.count("2 of 40 samples skipped\n       2  cannot identify image file") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("2 of 40 samples skipped") == printed.count("       2  cannot identify image file") == 1
 
 
-def test_too_many_broken_samples_stop_the_run_with_their_causes_and_shards(train, tmp_path):
+def test_too_many_broken_samples_stop_the_run_with_their_causes(train, tmp_path):
     draw_shards(tmp_path, broken=range(20))
     with pytest.raises(SystemExit) as stop:
         train("--epochs", 1)
-    for part in ("--max-bad 0.1", "20 of 40 samples", "20  cannot identify image file", "0.tar: none of its 20"):
+    for part in ("--max-bad 0.1", "20 of 40 samples", "20  cannot identify image file"):
         assert part in stop.value.code
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
 def started(folder, *more):
@@ -1279,24 +1015,20 @@ def long_run(tmp_path_factory):
     return folder
 
 
-def resumed(folder, out):
-    command(*options(folder, "--model", "demo", *LONG, "--out", folder / out, "--resume"))
-    return read_log(folder / out)
-
-
 def test_a_killed_run_resumed_in_the_middle_of_an_epoch_has_the_log_of_an_uninterrupted_one(long_run):
     status, _, steps = signalled(long_run, "killed", signal.SIGKILL, least=7)
     assert status == -signal.SIGKILL and 7 <= steps < 50
-    assert without_speed(resumed(long_run, "killed")) == without_speed(read_log(long_run / "whole"))
+    command("--resume", "--out", long_run / "killed")
+    assert without_speed(read_log(long_run / "killed")) == without_speed(read_log(long_run / "whole"))
 
 
 def test_a_terminated_run_finishes_its_step_writes_a_checkpoint_and_says_how_to_go_on(long_run):
-    # After step 6, which is saved: the signal is noticed behind step 8, when the numbers of 8 are still to be read.
     status, errors, steps = signalled(long_run, "stopped", signal.SIGTERM, least=6)
     assert status == 1 and "Traceback" not in errors
-    assert errors.rstrip().endswith(f"stopped after step {steps} of 50; go on with the same command and --resume")
-    assert clip_pgs.load_checkpoint(str(long_run / "stopped" / "ckpt.pt"))["step"] == steps < 50
-    assert without_speed(resumed(long_run, "stopped")) == without_speed(read_log(long_run / "whole"))
+    assert errors.rstrip().endswith(f"stopped after step {steps} of 50; go on with --resume")
+    assert torch.load(long_run / "stopped" / "ckpt.pt")["step"] == steps < 50
+    command("--resume", "--out", long_run / "stopped")
+    assert without_speed(read_log(long_run / "stopped")) == without_speed(read_log(long_run / "whole"))
 
 
 def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(long_run):
@@ -1308,158 +1040,120 @@ def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(long_run):
     assert run.returncode == 1 and f"error: {long_run}/full/ckpt.pt: " in run.stderr
 
 
-def bad_input(folder):
-    """Files that are not what they seem: name -> path."""
-    good = write_shard(folder / "good.tar", pairs(range(8)))
-    whole = (folder / "good.tar").read_bytes()
-    bad = {"empty": b"", "truncated": whole[:len(whole) // 2], "text": b"hello " * 500, "zero": bytes(9999)}
-    for name, raw in bad.items():
-        (folder / f"{name}.tar").write_bytes(raw)
-    write_shard(folder / "captions.tar", [("1.txt", b"a caption without its image")])
-    os.makedirs(folder / "val" / "test")
-    (folder / "val" / "test" / "nshards.txt").write_text("1")
-    write_shard(folder / "val" / "test" / "0.tar", [("0.png", png()), ("0.cls", b"0")])
-    (folder / "corrupt.pt").write_bytes(b"PK not really")
-    return good
-
-
 @pytest.mark.parametrize("arguments, says", [
     ("--data {}/missing.tar", "missing.tar: no such file"),
-    ("--data {}/*.rat", r"\*.rat: the pattern matches no file"),
-    ("--data {}", "a folder"),
-    ("--data {}/empty.tar", "empty.tar: empty file"),
     ("--data {}/truncated.tar", "truncated.tar: truncated"),
-    ("--data {}/text.tar", "text.tar: not a tar"),
-    ("--data {}/zero.tar", "zero.tar: a tar without members"),
-    ("--data {}/captions.tar", "captions.tar: no image"),
-    ("--data {}/good.tar --batch-size 9", "9 images a step of only 8 samples"),
-    ("--data {}/good.tar --ratio 1", "--ratio 1.0"),
-    ("--data {}/good.tar --patch-size 5", "--patch-size 5: must divide --image-size 16"),
-    ("--data {}/good.tar --mask fog", "--mask fog: choose one of none, random"),
-    ("--data {}/good.tar --val {}/val", "classnames"),
+    ("--data {}/good.tar --batch-size 9", "9 images per step of 8 samples"),
+    ("--data {}/good.tar --patch-size 5", "--image-size 16: must be a multiple of --patch-size 5"),
     ("--data {}/good.tar --val {}/nowhere", "nowhere: no such folder"),
-    ("--data {}/good.tar --vocab {}/good.tar", "good.tar[^\n]*bpe_simple_vocab_16e6.txt.gz"),
-    ("--data {}/good.tar --resume {}/corrupt.pt", "corrupt.pt: refused"),
-    ("--data {}/good.tar --resume {}/gone.pt", "gone.pt: no such checkpoint"),
+    ("--data {}/good.tar --resume {}/good.tar", "good.tar: refused"),
     ("--data {}/good.tar --out {}/good.tar/x", "good.tar"),
-    ("--show-masks {}/good.tar", "good.tar: cannot identify image file"),
-    ("--show-masks {}/gone.jpg", "gone.jpg: No such file"),
-])
+    ("--show-masks {}/good.tar", "good.tar: cannot identify image file")])
 def test_bad_input_ends_in_one_clear_line_and_exit_status_1(tmp_path, arguments, says):
-    bad_input(tmp_path)
-    small = "--model tiny --image-size 16 --patch-size 4 --batch-size 8 --workers 0 --out".split()
+    write_shard(tmp_path / "good.tar", pairs(range(8)))
+    whole = (tmp_path / "good.tar").read_bytes()
+    (tmp_path / "truncated.tar").write_bytes(whole[:len(whole) // 2])
+    small = "--model 128x2-64x2-16 --image-size 16 --patch-size 4 --batch-size 8 --workers 0 --out".split()
     with pytest.raises(SystemExit, match=rf"^error: [^\n]*{says}[^\n]*$"):
         command(*small, tmp_path / "out", *arguments.format(*[tmp_path] * 2).split())
 
 
-def test_bad_input_shows_no_traceback(tmp_path):
-    bad_input(tmp_path)
-    process = started(tmp_path, "--data", tmp_path / "truncated.tar", "--out", tmp_path / "out")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in errors and errors.splitlines()[-1].startswith("error: ")
+# -----------------------------------------------------------------------------
+# Pictures of masks.
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK"])
+def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, mode):
+    name = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    picture(50).convert(mode).save(name)
+    command("--show-masks", name, name, "--model", "128x2-64x2-16", "--image-size", 16, "--patch-size", 4, "--out",
+            tmp_path / "out")
+    sheet = Image.open(tmp_path / "out" / "masks.png")
+    assert sheet.size == (6 * 176, 2 * 191)  # photograph, edges, four masks, a line of text below; two rows
+
+
+def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
+    train("--mask", "attentive", "--steps", 2)
+    picture(40).save(tmp_path / "photo.png")
+    capsys.readouterr()
+    command("--show-masks", tmp_path / "photo.png", "--resume", tmp_path / "out" / "ckpt.pt", "--out", tmp_path / "new")
+    assert capsys.readouterr().out == f"wrote {tmp_path}/new/masks.png\n" and (tmp_path / "new" / "masks.png").exists()
 
 
 # -----------------------------------------------------------------------------
-# Bench.
-
-def bench_rows(capsys, *more):
-    """{(mask, ratio): [kept, images/s, time, papers, in mask, GiB]} of the table that --bench prints."""
-    command("--bench", "--model", "tiny", "--image-size", 16, "--patch-size", 4, "--context-length", 12,
-            "--vocab-size", 600, "--batch-size", 8, "--steps", 1, *more)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    return {tuple(row[:2]): row[2:] for row in cells if row[0] in MASKS}
-
-
-def test_bench_has_a_row_for_every_mask_and_the_papers_beside_it(capsys):
-    rows = bench_rows(capsys)
-    assert list(rows) == [("none", "0.0"), *((mask, "0.5") for mask in MASKS[1:]), ("pgs", "0.3 0.5")]
-    assert [rows[mask, "0.5"][0] for mask in MASKS[1:]] == ["0.50"] * 4 and rows["none", "0.0"][0] == "1.00"
-    assert [row[3] for row in rows.values()] == ["1.0", "0.5", "0.6", "1.1", "0.5", "0.6"]
-    assert rows["none", "0.0"][2] == "1.00" and all(float(row[1]) > 0 and float(row[5]) > 0 for row in rows.values())
-
-
-def test_bench_can_be_limited_to_a_mask(capsys):
-    with pytest.raises(SystemExit, match="--mask foo: choose one of none, random"):
-        bench_rows(capsys, "--mask", "foo")
-    assert [mask for mask, _ in bench_rows(capsys, "--mask", "cluster")] == ["none", "cluster"]
-
-
-# -----------------------------------------------------------------------------
-# data.py: shards.
+# data.py: shards, index, order.
 
 def captions_in(shards, index):
-    return [data.read_caption(shards[row["shard"]], row) for row in index]
+    return [data.captions(shards[row["shard"]], row)[0] for row in index]
 
 
 def images_in(shards, index):
     return [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
 
 
-def test_braces_stand_for_numbers_of_the_same_width(tmp_path):
-    names = ["a08.tar", "a09.tar", "a10.tar"]
-    for name in names:
-        (tmp_path / name).touch()
-    assert data.expand([f"{tmp_path}/a{{08..10}}.tar"]) == [f"{tmp_path}/{name}" for name in names]
+def test_brace_ranges_keep_their_width_and_multiply_and_a_shard_named_twice_is_read_once(tmp_path):
+    every = [f"{tmp_path}/{name}" for name in ("08-1", "08-2", "09-1", "09-2", "10-1", "10-2")]
+    for path in every:
+        open(path, "w").close()
+    assert data.expand([f"{tmp_path}/{{08..10}}-{{1..2}}", f"{tmp_path}/*", every[0]]) == every
 
 
-def test_two_brace_ranges_multiply_and_a_shard_named_twice_is_read_once(tmp_path):
-    for name in ("0-1", "0-2", "1-1", "1-2"):
-        (tmp_path / name).touch()
-    every = [f"{tmp_path}/{name}" for name in ("0-1", "0-2", "1-1", "1-2")]
-    assert data.expand([f"{tmp_path}/{{0..1}}-{{1..2}}", f"{tmp_path}/*", every[0]]) == every
+@pytest.mark.parametrize("pattern, says", [("*.rat", "the pattern matches no file"), ("{3..1}.tar", "range"), ("", "a folder")])
+def test_a_pattern_that_stands_for_nothing_is_refused(tmp_path, pattern, says):
+    with pytest.raises(ValueError, match=says):
+        data.expand([f"{tmp_path}/{pattern}"])
 
 
-def test_a_key_is_what_stands_before_the_first_dot_of_the_file_name(tmp_path):
-    path = write_shard(tmp_path / "0.tar", [("v1.0/7.seg.png", b""), ("v1.0/7.TXT", b""), ("7.txt", b"")])
-    assert {key: sorted(files) for key, files in data.tar_samples(path).items()} == {
-        "v1.0/7": ["seg.png", "txt"], "7": ["txt"]}
+def test_a_key_ends_at_the_first_dot_and_hidden_files_do_not_count(tmp_path):
+    path = write_shard(tmp_path / "0.tar", [("v1.0/7.seg.png", b""), ("v1.0/7.TXT", b""), ("7.txt", b""), ("._7.txt", b"")])
+    assert [(key, sorted(files)) for key, files in data.tar_samples(path)[0]] == [("v1.0/7", ["seg.png", "txt"]),
+                                                                                  ("7", ["txt"])]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_dialect_of_tar_is_read(tmp_path, format):
+def test_every_dialect_of_tar_is_read_and_only_its_files(tmp_path, format):
     long = "folder/" * 16 + "x" * 90 + ".txt"
     members = [("1.txt", b"one"), (long, b"two" * 500), ("ümlaut.txt", b""), ("2.txt", b"three")]
     path = write_shard(tmp_path / "0.tar", members, format=format)
-    assert [(name, data.read_bytes(path, *at)) for name, *at in data.tar_members(path)] == members
-
-
-def test_links_devices_and_folders_in_a_tar_are_ignored(tmp_path):
-    path = str(tmp_path / "0.tar")
-    with tarfile.open(path, "w") as tar:
-        for kind in ("SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE", "DIRTYPE"):
+    with tarfile.open(path, "a", format=format) as tar:
+        for kind in ("SYMTYPE", "LNKTYPE", "CHRTYPE", "FIFOTYPE", "DIRTYPE"):
             member = tarfile.TarInfo(f"{kind}.txt")
             member.type, member.linkname = getattr(tarfile, kind), "/etc/passwd"
             tar.addfile(member)
-        tar.addfile(tarfile.TarInfo("real.txt"))
-    assert [name for name, _, _ in data.tar_members(path)] == ["real.txt"]
+    assert [(name, data.read_bytes(path, *at)) for name, *at in data.tar_members(path)] == members
 
 
 def test_member_names_are_never_used_as_paths(tmp_path):
-    members = [("../../evil.png", png()), ("../../evil.txt", b"a thing"), ("/etc/pw.png", png()), ("/etc/pw.txt", b"x")]
+    members = [("../../evil.png", noise_image()), ("../../evil.txt", b"a thing"), ("/etc/pw.png", noise_image()),
+               ("/etc/pw.txt", b"x")]
     shards = [write_shard(tmp_path / "0.tar", members)]
     assert captions_in(shards, data.build_index(shards)[0]) == ["a thing", "x"]
-    assert os.listdir(tmp_path) == ["0.tar"] and not (tmp_path.parent.parent / "evil.png").exists()
+    assert os.listdir(tmp_path) == ["0.tar"]
 
 
-def test_a_truncated_tar_gives_its_whole_samples_and_then_an_error_that_names_it(tmp_path):
-    path = write_shard(tmp_path / "0.tar", pairs(range(4)))
-    starts = {name: start for name, start, _ in data.tar_members(path)}
-    os.truncate(path, starts["0002.png"] + 100)
-    samples = {}
-    with pytest.raises(ValueError, match="0.tar: truncated"):
-        data.tar_samples(path, samples)
-    assert {key: sorted(files) for key, files in samples.items()} == {"0000": ["png", "txt"], "0001": ["png", "txt"]}
+def damaged_tars(folder):
+    """{what the message says: a tar of four pairs that is damaged so}"""
+    whole = open(write_shard(folder / "whole.tar", pairs(range(4))), "rb").read()
+    start = {name: start for name, start, _ in data.tar_members(str(folder / "whole.tar"))}
+    header = start["0002.png"] - 512
+    sized = whole[:header + 124] + b"-0000001000\0" + whole[header + 136:]
+    return {"truncated": whole[:header + 612], "truncated, the tar breaks off": whole[:start["0003.txt"] - 512],
+            "empty file, not a tar": b"", "not a tar": b"hello " * 500, "a tar without files": bytes(10240),
+            "more than zeros": whole[:header] + b"?" * 512 + whole[header + 512:], "damaged header": sized,
+            "two tars in one file": whole + whole, "compressed by gzip": gzip.compress(whole),
+            "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"}
 
 
-@pytest.mark.parametrize("field", [b"-0000001000\0", b"-0000002000\0", b"elephants  \0", b"77777777777\0",
-                                   b"\x80" + b"\xff" * 11, b"\xff" * 12])
-def test_a_tar_with_an_impossible_size_is_an_error_and_never_a_loop(tmp_path, field):
-    path = write_shard(tmp_path / "0.tar", [("a.txt", b"12345"), ("b.txt", b"")])
-    with open(path, "r+b") as file:
-        file.seek(124)
-        file.write(field)
-    with pytest.raises(ValueError, match="0.tar: (not a tar|truncated)"):
-        list(islice(data.tar_members(path), 100))
+@pytest.mark.parametrize("says", ["truncated", "truncated, the tar breaks off", "empty file, not a tar", "not a tar",
+                                  "a tar without files", "more than zeros", "damaged header", "two tars in one file",
+                                  "compressed by gzip", "git lfs pull"])
+def test_a_damaged_tar_is_named_with_its_fault_and_gives_what_stands_before_it(tmp_path, says):
+    (tmp_path / "0.tar").write_bytes(damaged_tars(tmp_path)[says])
+    samples, fault = data.tar_samples(str(tmp_path / "0.tar"))
+    assert fault.startswith(f"{tmp_path}/0.tar: ") and says in fault
+    complete = [key for key, files in samples if sorted(files) == ["png", "txt"]]
+    assert complete == {"truncated": ["0000", "0001"], "truncated, the tar breaks off": ["0000", "0001", "0002"],
+                        "more than zeros": ["0000", "0001"], "damaged header": ["0000", "0001"],
+                        "two tars in one file": ["0000", "0001", "0002", "0003"]}.get(says, [])
 
 
 def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
@@ -1470,114 +1164,82 @@ def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
         for _ in range(30):
             raw[rng.randrange(min(len(raw), 6000))] = rng.choice(b"\0\xff07-x")
         (tmp_path / "1.tar").write_bytes(raw)
-        try:
-            assert len(list(islice(data.tar_members(str(tmp_path / "1.tar")), 1000))) < 1000
-        except ValueError as error:
-            assert "1.tar" in str(error)
-
-
-# -----------------------------------------------------------------------------
-# data.py: index and order.
-
-def test_headers_anywhere_in_a_block_are_found(tmp_path):
-    sizes = [65536 - 512, 65024 - 512, 3584, 0, 1, *range(60_000, 69_000, 512), *range(3000, 5000, 256)]
-    path = write_shard(tmp_path / "0.tar", [(f"{i}.jpg", bytes(size)) for i, size in enumerate(sizes)])
-    with tarfile.open(path) as tar:
-        expected = [(member.name, member.offset_data, member.size) for member in tar]
-    assert list(data.tar_members(path)) == expected and len(expected) == len(sizes)
+        samples, fault = data.tar_samples(str(tmp_path / "1.tar"))
+        assert len(samples) < 20 and (not fault or "1.tar: " in fault)
 
 
 def test_the_index_holds_every_image_with_a_caption(tmp_path):
-    members = [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", png(5)),
-               ("b.jpeg", png(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")]
+    members = [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", noise_image(5)),
+               ("b.jpeg", noise_image(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")]
     shards = [write_shard(tmp_path / "0.tar", pairs([0, 1])), write_shard(tmp_path / "1.tar", members)]
-    index, warnings = data.build_index(shards)
+    index, warnings = data.build_index(shards, workers=2)
     assert warnings == [] and index["shard"].tolist() == [0, 0, 1, 1]
     assert captions_in(shards, index) == [caption_of(0), caption_of(1), "from json", "grün"]
-    assert images_in(shards, index) == [png(0), png(1), png(5), png(6)]
+    assert images_in(shards, index) == [noise_image(0), noise_image(1), noise_image(5), noise_image(6)]
 
 
-@pytest.mark.parametrize("name, raw", [
-    ("a.json", b"{}"), ("a.json", b"[1"), ("a.json", b"3"), ("a.json", b'{"caption": 3}'), ("a.json", b"[" * 100_000),
-    ("a.txt", b"\xff\xfe"), ("a.txt", b" \n")], ids=range(7))
-def test_a_caption_that_is_none_is_a_value_error(tmp_path, name, raw):
-    path = write_shard(tmp_path / "0.tar", [(name, raw), ("a.png", png())])
-    index, _ = data.build_index([path])
-    with pytest.raises(ValueError, match="caption"):
-        data.read_caption(path, index[0])
+def test_keys_that_start_again_are_other_samples_and_members_may_lie_apart(tmp_path):
+    apart = [("0.png", b"0"), ("1.png", b"1"), ("1.txt", b"one"), ("0.txt", b"zero")]
+    again = [("0.png", b"2"), ("0.txt", b"two"), ("1.txt", b"three")]
+    shards = [write_shard(tmp_path / "0.tar", apart + again)]
+    index, _ = data.build_index(shards, max_bad=0.5)
+    assert (captions_in(shards, index), images_in(shards, index)) == (["zero", "one", "two"], [b"0", b"1", b"2"])
+
+
+def test_names_that_are_not_utf_8_stay_different(tmp_path):
+    shards = [write_shard(tmp_path / "0.tar", [(f"{name}.{kind}", name.encode("utf-8", "surrogateescape"))
+                                               for name in ("\udce4", "\udcf6") for kind in ("png", "txt")])]
+    assert [key for key, _ in data.tar_samples(shards[0])[0]] == ["\udce4", "\udcf6"]
 
 
 def test_a_broken_shard_costs_itself_and_a_warning_if_few_are(tmp_path):
     shards = [write_shard(tmp_path / f"{i}.tar", pairs([i])) for i in range(10)]
     (tmp_path / "3.tar").write_bytes(b"")
-    index, warnings = data.build_index(shards, max_bad=0.1)
-    assert len(index) == 9 and len(warnings) == 1 and "3.tar: empty" in warnings[0]
-    with pytest.raises(ValueError, match="3.tar"):
-        data.build_index(shards, max_bad=0.05)
+    for folder in ("", str(tmp_path), str(tmp_path)):                   # scanned, scanned and kept, read
+        index, warnings = data.build_index(shards, max_bad=0.1, folder=folder)
+        assert len(index) == 9 and len(warnings) == 1 and "3.tar: empty" in warnings[0]
+        with pytest.raises(ValueError, match="3.tar"):
+            data.build_index(shards, max_bad=0.05, folder=folder)
 
 
-def test_samples_without_a_partner_are_counted(tmp_path):
-    members = [*pairs(range(20)), ("lonely.png", png()), ("mute.txt", b"no image")]
-    index, warnings = data.build_index([write_shard(tmp_path / "0.tar", members)])
-    assert len(index) == 20 and "2 samples" in warnings[0] and "1 no caption, 1 no image" in warnings[0]
-    with pytest.raises(ValueError, match="2 of 22 samples"):
-        data.build_index([str(tmp_path / "0.tar")], max_bad=0.05)
+@pytest.mark.parametrize("name, says", [
+    ("lonely.png", "1 images without a caption, 0 captions without an image; the first: lonely.png"),
+    ("mute.txt", "0 images without a caption, 1 captions without an image"),
+    ("img.v2.png", r"the first: img.v2.png \(the key of a sample ends at the first dot")])
+def test_samples_without_a_partner_count_as_lost_and_one_is_named(tmp_path, name, says):
+    index, warnings = data.build_index([write_shard(tmp_path / "0.tar", [*pairs(range(20)), (name, noise_image())])])
+    assert len(index) == 20 and len(warnings) == 1 and warnings[0].startswith("1 of 21 samples passed over")
+    with pytest.raises(ValueError, match=says):
+        data.build_index([str(tmp_path / "0.tar")], max_bad=0.04)
 
 
-@pytest.fixture
-def cached(tmp_path):
-    """(paths of two shards, path of the cache that their first index left)."""
+def test_images_beside_a_sample_are_not_lost_unless_they_have_a_caption_of_their_own(tmp_path):
+    files = [(f"{i}.{kind}", b"x") for i in range(10) for kind in ("png", "txt", "depth.png", "2.png", "2.txt")]
+    assert "10 of 20" in data.build_index([write_shard(tmp_path / "0.tar", files)], max_bad=0.5)[1][0]
+
+
+def test_a_second_start_maps_the_kept_index_and_notices_a_shard_that_changed(tmp_path):
     shards = [write_shard(tmp_path / f"{i}.tar", pairs([2 * i, 2 * i + 1])) for i in (0, 1)]
-    cache = str(tmp_path / "index.npz")
-    data.build_index(shards, cache=cache)
-    return shards, cache
+    data.build_index(shards, folder=str(tmp_path))
+    np.save(tmp_path / "index.npy", np.load(tmp_path / "index.npy")[1:])  # now another than the shards would give
+    index, _ = data.build_index(shards, folder=str(tmp_path))
+    assert isinstance(index, np.memmap) and captions_in(shards, index) == [caption_of(i) for i in (1, 2, 3)]
+    write_shard(shards[0], pairs([7]))
+    index, _ = data.build_index(shards, folder=str(tmp_path))
+    assert captions_in(shards, index) == [caption_of(i) for i in (7, 2, 3)]
+    (tmp_path / "index.npy").write_bytes(b"damaged")
+    assert (data.build_index(shards, folder=str(tmp_path))[0] == index).all()
 
 
-def test_several_processes_make_the_index_of_one(cached):
-    shards, _ = cached
-    assert (data.build_index(shards, workers=2)[0] == data.build_index(shards)[0]).all()
-
-
-def test_a_second_start_reads_the_cache_instead_of_the_shards(cached):
-    shards, cache = cached
-    with np.load(cache) as stored:
-        np.savez(cache, **{**stored, "index": stored["index"][1:]})  # now another than the shards would give
-    assert captions_in(shards, data.build_index(shards, cache=cache)[0]) == [caption_of(i) for i in (1, 2, 3)]
-    assert sorted(os.listdir(Path(cache).parent)) == ["0.tar", "1.tar", "index.npz"]
-
-
-def test_a_shard_that_has_changed_is_read_again(cached):
-    shards, cache = cached
-    write_shard(Path(shards[0]), pairs([7]))
-    assert captions_in(shards, data.build_index(shards, cache=cache)[0]) == [caption_of(i) for i in (7, 2, 3)]
-    assert captions_in(shards[1:], data.build_index(shards[1:], cache=cache)[0]) == [caption_of(2), caption_of(3)]
-
-
-@pytest.mark.parametrize("damage", [b"", b"hello", b"PK\x05\x06" + bytes(18)], ids=["empty", "text", "an empty zip"])
-def test_a_damaged_cache_is_made_anew(cached, damage):
-    shards, cache = cached
-    for broken in (damage, Path(cache).read_bytes()[:-100]):
-        Path(cache).write_bytes(broken)
-        assert (data.build_index(shards, cache=cache)[0] == data.build_index(shards)[0]).all()
-
-
-def test_a_cached_index_keeps_its_warnings(tmp_path):
-    shards, cache = [write_shard(tmp_path / f"{i}.tar", pairs([i])) for i in range(3)], str(tmp_path / "index.npz")
-    (tmp_path / "1.tar").write_bytes(b"")
-    first, second = (data.build_index(shards, max_bad=0.5, cache=cache) for _ in range(2))
-    assert second[1] == first[1] and "1.tar: empty" in first[1][0]
-    with pytest.raises(ValueError, match="1.tar: empty"):
-        data.build_index(shards, max_bad=0.1, cache=cache)
-
-
-def test_a_shard_that_cannot_be_read_stops_the_start_and_is_not_remembered(cached, monkeypatch):
-    shards, cache = cached
-    os.remove(cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", lambda *_: exec('raise OSError(5, "Input/output error")'))
-        with pytest.raises(OSError, match="0.tar: Input/output error"):
-            data.build_index(shards, cache=cache)
-    assert len(data.build_index(shards, cache=cache)[0]) == 4
+def test_a_disk_that_fails_or_a_file_that_ends_early_is_an_os_error_that_names_it(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "0.tar", pairs(range(4)))
+    index, _ = data.build_index([path])
+    os.truncate(path, 3000)
+    with pytest.raises(OSError, match="0.tar: ends before byte"):
+        data.read_bytes(path, index[3]["image"], index[3]["image_size"])
+    monkeypatch.setattr(os, "pread", lambda *_: exec('raise OSError(5, "Input/output error")'))
+    with pytest.raises(OSError, match="0.tar: Input/output error"):
+        data.read_bytes(path, 0, 10)
 
 
 def index_of(num_shards, samples):
@@ -1586,15 +1248,10 @@ def index_of(num_shards, samples):
     return index
 
 
-def test_an_epoch_reads_every_sample_exactly_once():
-    order = data.epoch_order(index_of(7, 100), seed=3, epoch=2)
-    assert sorted(order.tolist()) == list(range(700))
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
+def test_an_epoch_reads_every_sample_once_in_an_order_of_its_own():
     index = index_of(7, 100)
-    order = data.epoch_order(index, 3, 2)
-    assert (order == data.epoch_order(index, 3, 2)).all()
+    order = data.epoch_order(index, seed=3, epoch=2)
+    assert sorted(order.tolist()) == list(range(700)) and (order == data.epoch_order(index, 3, 2)).all()
     for other in data.epoch_order(index, 3, 1), data.epoch_order(index, 4, 2):
         assert (order != other).mean() > 0.9
 
@@ -1612,21 +1269,20 @@ def test_shards_are_shuffled_and_read_nearly_one_after_the_other(monkeypatch):
 # -----------------------------------------------------------------------------
 # data.py: images.
 
-def encoded(image, format, **options):
-    raw = io.BytesIO()
-    image.save(raw, format, **options)
-    return raw.getvalue()
+def test_normalised_images_have_clip_s_mean_and_deviation_and_come_back_as_they_were():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert data.normalize(pixels)[0, 1, 3, 3].item() == pytest.approx((51 / 255 - 0.4578275) / 0.26130258)
+    assert data.denormalize(data.normalize(pixels)).equal(pixels)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_images_of_the_known_formats_decode(format):
-    image = data.decode_image(encoded(Image.new("RGB", (30, 20), (200, 30, 30)), format))
+    image = data.decode_image(encoded(Image.new("RGB", (30, 20), (200, 30, 30)), format)).convert("RGB")
     assert image.size == (30, 20) and np.abs(np.asarray(image)[10, 10] - np.array((200, 30, 30))).max() < 8
 
 
-@pytest.mark.parametrize("raw", [b"", b"hello", encoded(picture(64), "JPEG")[:-300],
-                                 encoded(picture(64), "PNG")[:-100], encoded(picture(64), "BMP")],
-                         ids=["empty", "text", "cut jpeg", "cut png", "bmp"])
+@pytest.mark.parametrize("raw", [b"", b"hello", encoded(picture(64), "JPEG")[:-300], encoded(picture(64), "PNG")[:-100],
+                                 encoded(picture(64), "EPS")], ids=["empty", "text", "cut jpeg", "cut png", "eps"])
 def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(raw):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         data.decode_image(raw)
@@ -1634,9 +1290,48 @@ def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(raw):
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
-    bomb = encoded(Image.new("1", (9000, 9000)), "PNG")
     with pytest.raises(ValueError, match="9000x9000 pixels"):
-        data.decode_image(bomb)
+        data.decode_image(encoded(Image.new("1", (9000, 9000))))
+
+
+@pytest.mark.parametrize("mode, dtype, scale", [("I;16", np.uint16, 257), ("I", np.int32, 257), ("F", np.float32, 257),
+                                                ("I", np.int32, 1)])
+def test_greys_of_more_than_8_bits_keep_their_upper_8(mode, dtype, scale):
+    grey = np.arange(256).reshape(16, 16)
+    image = Image.fromarray((grey * scale).astype(dtype))
+    assert image.mode == mode
+    for seen in (data.to_rgb(image), evaluate.resize_and_crop(image, 16).permute(1, 2, 0).numpy()):
+        assert (np.asarray(seen) == grey[..., None]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparent_parts_lie_on_white_in_training(mode):
+    image, options = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {}
+    image.paste((0, 0, 0, 255), (4, 0, 8, 8))                           # black, its left half transparent
+    if mode in ("P", "RGB"):                                            # one colour, here red, is transparent
+        image = Image.new(mode, (8, 8), (255, 0, 0) if mode == "RGB" else 1)
+        image.paste((0, 0, 0) if mode == "RGB" else 0, (4, 0, 8, 8))
+        options = dict(transparency=(255, 0, 0) if mode == "RGB" else 1)
+        image.putpalette([0, 0, 0, 255, 0, 0]) if mode == "P" else None
+    image = data.decode_image(encoded(image if mode in ("P", "RGB") else image.convert(mode), **options))
+    pixels = data.crop(image, np.array([0, 0, 8, 8]), 8).float()
+    assert pixels[:, :, :3].min() > 250 and pixels[:, :, 5:].max() < 5
+
+
+def sideways(picture, orientation=6):
+    """The bytes of a picture stored as its orientation tag undoes it: 6 is a quarter turn clockwise."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+
+
+def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not(tmp_path):
+    upright, raw = two_colours(16, 8), sideways(two_colours(16, 8))
+    seen = data.crop(data.upright(data.open_image(raw)), np.array([0, 0, 16, 16]), 16)
+    assert (seen.permute(1, 2, 0).numpy() == np.asarray(upright)).all()
+    (tmp_path / "photo.png").write_bytes(raw)
+    assert evaluate.open_photo(str(tmp_path / "photo.png"), 16).equal(seen)
+    assert not evaluate.resize_and_crop(data.decode_image(raw), 16).equal(seen)
 
 
 def test_random_crops_have_the_area_and_shape_that_was_asked_for():
@@ -1644,7 +1339,8 @@ def test_random_crops_have_the_area_and_shape_that_was_asked_for():
     image = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))  # a pixel's colour says where it was
     areas = []
     for seed in range(200):
-        crop = data.random_resized_crop(image, 32, (0.3, 0.8), np.random.default_rng(seed)).double()
+        box = data.random_box(256, 256, (0.3, 0.8), np.random.default_rng(seed))
+        crop = data.crop(image, box, 32).double()
         w, h = ((crop[c].max() - crop[c].min()).item() * 32 / 31 for c in (0, 1))
         areas.append(w * h / 256 ** 2)
         assert 3 / 4 - 0.05 < w / h < 4 / 3 + 0.05 and crop.shape == (3, 32, 32)
@@ -1653,13 +1349,13 @@ def test_random_crops_have_the_area_and_shape_that_was_asked_for():
 
 def test_the_whole_of_a_square_picture_is_just_resized():
     expected = np.asarray(picture(64).resize((32, 32), Image.Resampling.BICUBIC), np.int64).transpose(2, 0, 1)
-    crop = data.random_resized_crop(picture(64), 32, (1, 1), np.random.default_rng(0))
+    crop = data.crop(picture(64), data.random_box(64, 64, (1, 1), np.random.default_rng(0)), 32)
     assert np.abs(crop.numpy() - expected).max() <= 2 and (crop.numpy() == expected).mean() > 0.8
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (1, 1), (300, 20)])
 def test_a_picture_too_long_for_a_crop_gives_its_middle(size):
-    crop = data.random_resized_crop(Image.new("L", size, 7), 16, (0.9, 1), np.random.default_rng(0))
+    crop = data.crop(Image.new("L", size, 7), data.random_box(*size, (0.9, 1), np.random.default_rng(0)), 16)
     assert crop.shape == (3, 16, 16) and crop.eq(7).all()
 
 
@@ -1667,14 +1363,13 @@ def test_a_picture_too_long_for_a_crop_gives_its_middle(size):
 def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(size):
     raw = encoded(Image.effect_noise((16, 16), 90).resize(size, Image.Resampling.BICUBIC), "JPEG")
     for seed in range(5):  # parts of the picture: a box of the wrong scale would be another part
-        part, whole = data.open_image(raw), data.decode_image(raw)
-        crops = [data.random_resized_crop(image, 64, (0.3, 0.5), np.random.default_rng(seed)).double()
-                 for image in (part, whole)]
+        box, part = data.random_box(*size, (0.3, 0.5), np.random.default_rng(seed)), data.open_image(raw)
+        crops = [data.crop(image, box, 64).double() for image in (part, data.decode_image(raw))]
         assert part.width <= size[0] / 1.9 and (crops[0] - crops[1]).square().mean().sqrt() < 4
 
 
 # -----------------------------------------------------------------------------
-# data.py: tokenizer.
+# data.py: words.
 
 def test_merges_are_applied_in_the_order_they_were_learned():
     tokenizer = data.Tokenizer("l o\nlo w</w>\ne r</w>\nlo w", context_length=12)
@@ -1696,9 +1391,12 @@ def test_a_long_caption_is_cut_and_still_ends_in_end():
     assert tokens[0].tolist() == [512, 64, 65, 66, 67, 513] and tokens[1].tolist() == [512, 513, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("one, other", [("A  Red\n\tDOG ", "a red dog"), ("black &amp; white", "black & white"),
-                                        ("&amp;lt;3", "<3"), ("it's", "it 's"), ("room101", "room 1 0 1"),
-                                        ("what?!no", "what ?! no"), ("ÉTÉ", "été"), ("snake_case", "snake _ case")])
+@pytest.mark.parametrize("one, other", [
+    ("A  Red\n\tDOG ", "a red dog"), ("black &amp; white", "black & white"), ("&amp;lt;3", "<3"), ("it's", "it 's"),
+    ("room101", "room 1 0 1"), ("what?!no", "what ?! no"), ("ÉTÉ", "été"), ("snake_case", "snake _ case"),
+    ("“it’s”", "\"it's\""), ("&ldquo;hi&rdquo;", '"hi"'), ("cafe\u0301", "caf\u00e9"), ("ﬁve oﬃces ﬅ", "five offices ſt"),
+    ("ＡＢＣ！\u3000ﾊ", "abc! ハ"), ("\ufeffa\u0007 d\x00og\x7f", "a dog"), ("it\x92s \x1b[31mred\x1b[0m", "it's red"),
+    ("ŉ", "'n"), ("ǆ", "dž")])
 def test_captions_that_say_the_same_have_the_same_tokens(one, other):
     tokenizer = data.Tokenizer("", 30)
     assert tokenizer.encode([one]).equal(tokenizer.encode([other]))
@@ -1715,8 +1413,7 @@ def test_learned_merges_shorten_captions_and_lose_nothing():
     captions = ["a photo of a dog", "a photo of a döner", "日本の写真 photo", "🙂 photo of ½ a dog"] * 3
     tokenizer = data.Tokenizer(data.learn_merges(captions, 100), 77)
     for caption, row in zip(captions, tokenizer.encode(captions)):
-        ids = row[1:row.argmax()].tolist()
-        assert text_of(tokenizer, ids) == caption
+        assert text_of(tokenizer, row[1:row.argmax()].tolist()) == caption
     assert (tokenizer.encode(["a photo of a dog"]) > 0).sum() == 7      # each word has become one token
 
 
@@ -1748,7 +1445,8 @@ def merges_by_loop(captions, num_merges):
 def test_learned_merges_are_those_of_the_plain_algorithm():
     rng = random.Random(0)
     captions = ["".join(rng.choice("aab bnc ") for _ in range(30)) for _ in range(40)] + ["aaaa aaaaa banana"] * 3
-    assert data.learn_merges(captions, 60) == merges_by_loop(captions, 60)
+    captions += ["".join(rng.choice("日本の") for _ in range(30)) for _ in range(10)]   # a script without spaces
+    assert data.learn_merges(captions, 80) == merges_by_loop(captions, 80)
 
 
 def test_a_vocabulary_file_is_read_as_clip_does(tmp_path):
@@ -1758,16 +1456,12 @@ def test_a_vocabulary_file_is_read_as_clip_does(tmp_path):
     assert tokenizer.ids["ab"] == 512 and (tokenizer.start, tokenizer.end) == (49406, 49407)
 
 
-def damaged(raw):
-    return raw[:40] + bytes(b ^ 255 for b in raw[40:60]) + raw[60:]
-
-
 VOCAB = gzip.compress("".join(f"word{i} other{i * i}\n" for i in range(500)).encode())
 
 
-@pytest.mark.parametrize("raw", [b"plain text", VOCAB[:-50], damaged(VOCAB), gzip.compress(b"\xff\xfe"),
+@pytest.mark.parametrize("raw", [b"plain text", VOCAB[:-50], VOCAB[:40] + bytes(20) + VOCAB[60:],
                                  gzip.compress(b"version\nthree words here\n")],
-                         ids=["not gzip", "truncated", "damaged", "not utf-8", "three words a line"])
+                         ids=["not gzip", "truncated", "damaged", "three words a line"])
 def test_a_vocabulary_file_that_is_something_else_is_a_value_error_that_names_it(tmp_path, raw):
     (tmp_path / "vocab.gz").write_bytes(raw)
     with pytest.raises(ValueError, match="^--vocab [^\n]*vocab.gz[^\n]*$"):
@@ -1783,15 +1477,15 @@ def test_every_string_has_tokens(caption):
 # -----------------------------------------------------------------------------
 # data.py: batches.
 
-def batches(folder, broken=(), order=((3, 0), (1, 2)), size=16, seed=(0, 0)):
-    shard = write_shard(folder / "0.tar", pairs(range(4), broken))
+def batches(folder, members=(), order=((3, 0), (1, 2)), size=16, seed=(0, 0)):
+    shard = write_shard(folder / "0.tar", members or pairs(range(4)))
     index, _ = data.build_index([shard])
     return data.Batches([shard], index, np.array(order), data.Tokenizer("", 40), size, (0.9, 1.0), seed)
 
 
 def test_a_batch_holds_the_images_and_captions_of_its_samples(tmp_path):
-    images, tokens, valid, lost = batches(tmp_path)[1]
-    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and valid.all() and lost == []
+    images, tokens, decoded, lost, fault = batches(tmp_path)[1]
+    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and decoded.all() and (lost, fault) == ([], "")
     assert tokens.equal(data.Tokenizer("", 40).encode([caption_of(1), caption_of(2)]))
 
 
@@ -1801,38 +1495,59 @@ def test_a_sample_has_the_same_crop_in_any_batch_and_another_in_another_epoch(tm
     assert not batches(tmp_path, order=((0, 1, 2),), seed=(0, 1))[0][0].equal(first)
 
 
-def test_a_sample_that_does_not_decode_is_black_not_valid_and_counted(tmp_path):
-    images, _, valid, lost = batches(tmp_path, broken=[0])[0]
-    assert valid.tolist() == [True, False] and images[1].eq(0).all() and images[0].any()
-    assert lost == [(1, "cannot identify image file")]
+def test_a_sample_that_does_not_decode_is_black_and_counted(tmp_path):
+    images, _, decoded, lost, _ = batches(tmp_path, pairs(range(4), broken=[0]))[0]
+    assert decoded.tolist() == [True, False] and images[1].eq(0).all() and images[0].any()
+    assert lost == ["cannot identify image file"]
 
 
-def test_sample_names_say_shard_and_member(tmp_path):
+def test_a_shard_that_shrinks_is_a_fault_and_not_a_lost_sample(tmp_path):
     made = batches(tmp_path)
-    assert data.sample_names(made.shards, made.index, np.array([2, 0])) == [
-        f"{tmp_path}/0.tar: 0002.png", f"{tmp_path}/0.tar: 0000.png"]
+    os.truncate(tmp_path / "0.tar", 5000)
+    *_, lost, fault = made[0]
+    assert lost == [] and fault.startswith(f"{tmp_path}/0.tar: ends before byte")
+
+
+@pytest.mark.parametrize("name, raw", [("txt", "one\n\ntwo\r\nthree\n"), ("json", '\ufeff{"caption": ["one", "two", "three"]}')])
+def test_of_several_captions_each_epoch_draws_one(tmp_path, name, raw):
+    members = [("0.png", noise_image()), (f"0.{name}", raw.encode())]
+    tokenizer, drawn = data.Tokenizer("", 40), []
+    for epoch in [*range(30), *range(30)]:
+        tokens = batches(tmp_path, members, order=((0,),), seed=(0, epoch))[0][1]
+        drawn.append(next(word for word in ("one", "two", "three") if tokens.equal(tokenizer.encode([word]))))
+    assert set(drawn) == {"one", "two", "three"} and drawn[:30] == drawn[30:]
+
+
+@pytest.mark.parametrize("name, raw", [
+    ("a.json", b"{}"), ("a.json", b"[1"), ("a.json", b"3"), ("a.json", b'{"caption": 3}'), ("a.json", b"[" * 100_000),
+    ("a.txt", b"\xff\xfe"), ("a.txt", b" \n"), ("a.json", b'{"caption": []}')], ids=range(8))
+def test_a_caption_that_is_none_is_a_value_error(tmp_path, name, raw):
+    path = write_shard(tmp_path / "0.tar", [(name, raw), ("a.png", noise_image())])
+    with pytest.raises(ValueError, match="caption"):
+        data.captions(path, data.build_index([path])[0][0])
 
 
 # -----------------------------------------------------------------------------
-# data.py: writing shards, the demo, pack.
+# data.py: writing, the demo, pack.
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+def test_a_file_that_cannot_be_finished_leaves_the_one_before_whole(tmp_path, monkeypatch, broken):
+    def write(text):
+        with data.write_whole(str(tmp_path / "file")) as file:
+            file.write(text)
+
+    write(b"one")
+    monkeypatch.setattr(data.os, broken, lambda *_: exec('raise OSError(28, "No space left on device")'))
+    with pytest.raises(OSError, match=r"file: could not be written \(No space left[^\n]*$"):
+        write(b"two")
+    assert (tmp_path / "file").read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
+
 
 def test_shards_are_written_in_full_and_their_keys_count_on(tmp_path):
     samples = [{"png": bytes([i]), "txt": b"x"} for i in range(5)]
     assert data.write_shards(str(tmp_path), iter(samples), shard_size=2) == 3
-    names = []
-    for i in range(3):
-        with tarfile.open(tmp_path / f"0000{i}.tar") as tar:
-            names.append(tar.getnames())
+    names = [tarfile.open(tmp_path / f"0000{i}.tar").getnames() for i in range(3)]
     assert names[1] == ["000000002.png", "000000002.txt", "000000003.png", "000000003.txt"] and len(names[2]) == 2
-
-
-def test_a_shard_appears_under_its_name_only_when_it_is_whole(tmp_path):
-    def samples():
-        yield "0", {"txt": b"fine"}
-        raise ValueError("no more")
-    with pytest.raises(ValueError, match="no more"):
-        data.write_tar(str(tmp_path / "0.tar"), samples())
-    assert not (tmp_path / "0.tar").exists()
 
 
 def packed(folder, text, monkeypatch):
@@ -1842,31 +1557,22 @@ def packed(folder, text, monkeypatch):
     return data.expand([f"{folder}/out/*.tar"])
 
 
-def test_data_bench_times_every_stage_and_passes_over_what_does_not_decode(tmp_path, monkeypatch, capsys):
-    write_shard(tmp_path / "0.tar", pairs(range(10), broken=[3]))
-    monkeypatch.setattr(sys, "argv", ["data.py", "bench", f"{tmp_path}/*.tar", "--image-size", "16"])
-    threads = torch.get_num_threads()
-    data.main()
-    torch.set_num_threads(threads)
-    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[0].strip() for row in rows] == ["read", "decode", "augment", "tokenise", "together"]
-    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
-
-
-def test_packed_images_and_captions_come_back(tmp_path, monkeypatch):
+def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_sample(tmp_path, monkeypatch):
     for i in range(3):
-        (tmp_path / f"{i}.v2.PNG").write_bytes(png(i))
-    shards = packed(tmp_path, "".join(f"{i}.v2.PNG\tcaption ü {i}\n" for i in range(3)), monkeypatch)
+        (tmp_path / f"{i}.v2.PNG").write_bytes(noise_image(i))
+    lines = "\ufeff0.v2.PNG\tü 0\n0.v2.PNG\tanother 0\n1.v2.PNG\tcaption 1\n2.v2.PNG\tcaption 2\n0.v2.PNG\tagain\n"
+    shards = packed(tmp_path, lines, monkeypatch)
     index, _ = data.build_index(shards)
-    assert captions_in(shards, index) == ["caption ü 0", "caption ü 1", "caption ü 2"]
-    assert images_in(shards, index) == [png(0), png(1), png(2)]
+    assert [data.captions(shards[row["shard"]], row) for row in index] == [["ü 0", "another 0"], ["caption 1"],
+                                                                           ["caption 2"], ["again"]]
+    assert images_in(shards, index) == [noise_image(i) for i in (0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("line, says", [
     ("no tab here", "expected `image"), ("0.png\t ", "expected `image"), ("", "expected `image"),
     ("gone.png\ta caption", "gone.png: No such file"), ("list.tsv\tx", "not one of jpg")])
 def test_a_bad_line_of_the_list_is_named_by_its_number(tmp_path, monkeypatch, line, says):
-    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "0.png").write_bytes(noise_image())
     with pytest.raises(SystemExit, match=f"^error: [^\n]*list.tsv, line 2: [^\n]*{says}[^\n]*$"):
         packed(tmp_path, f"0.png\tfine\n{line}\n0.png\tfine\n", monkeypatch)
 
@@ -1883,131 +1589,72 @@ def test_unseen_pairs_are_in_no_training_caption():
     assert [data.CLASSNAMES[data.demo_sample("unseen", i)[1]] in unseen for i in range(8)] == [True] * 8
 
 
-def test_the_relation_in_a_caption_is_true_of_the_picture():
-    for seed in range(30):
-        rng = np.random.default_rng(seed)
-        (first, second), relation = data.place_objects(rng, ["star", "ring"], ["small", "large"])
-        axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
-        assert (sign * first[:, axis]).max() < (sign * second[:, axis]).min()
-        assert min(first.min(), second.min()) >= 0 and max(first.max(), second.max()) <= 64
-
-
 def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SPLITS", {"train": 3, "seen": 2, "unseen": 2, "retrieval": 2})
     data.make_demo(str(tmp_path / "demo"))
-    files = {str(path.relative_to(tmp_path / "demo")) for path in (tmp_path / "demo").rglob("*") if path.is_file()}
-    zero_shot = ["classnames.txt", "test/0.tar", "test/nshards.txt", "zeroshot_classification_templates.txt"]
-    retrieval = ["dataset_type.txt", "test/0.tar", "test/nshards.txt"]
-    assert files == {"train/00000.tar", *(f"retrieval/{name}" for name in retrieval),
-                     *(f"{split}/{name}" for split in ("seen", "unseen") for name in zero_shot)}
+    index, _ = data.build_index([f"{tmp_path}/demo/train/00000.tar"])
+    assert len(index) == 3
+    for split in ("seen", "unseen", "retrieval"):
+        folder = evaluate.read_folder(str(tmp_path / "demo" / split))
+        assert len(folder.samples) == 2 and len(folder.classnames) == (0 if split == "retrieval" else 64)
 
 
 # -----------------------------------------------------------------------------
 # evaluate.py, on folders of a few small pictures and a model of random weights.
 
-
-def noise_jpeg(seed, width=40, height=32, mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, "JPEG")
-    return file.getvalue()
-
-
-def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates="a {c}\nthe {c}.", kind=""):
-    """An evaluation folder with one shard; samples: a list of {extension: bytes}."""
-    (path / "test").mkdir(parents=True)
-    with tarfile.open(path / "test" / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, files in enumerate(samples):
-            for extension, raw in files.items():
-                member = tarfile.TarInfo(f"{number:03d}.{extension}")
-                member.size = len(raw)
-                tar.addfile(member, io.BytesIO(raw))
-    texts = {"test/nshards.txt": shards, "classnames.txt": classnames,
-             "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
-    for name, text in texts.items():
-        if text:
-            (path / name).write_text(text)
-    return str(path)
-
-
-def labelled(count):
-    return [{"jpg": noise_jpeg(number), "cls": str(number % 3).encode()} for number in range(count)]
-
-
 @pytest.fixture(scope="module")
 def small_clip():
     """A model of random weights that knows bytes and no merges, its tokenizer, its Config."""
-    config = clip_pgs.Config(model="demo", image_size=16, patch_size=8, context_length=24, vocab_size=514)
+    config = Config(model="demo", image_size=16, patch_size=8, context_length=24, vocab_size=514)
     torch.manual_seed(0)
-    return clip_pgs.CLIP(config).eval(), data.Tokenizer("", 24), config
+    return CLIP(config).eval(), data.Tokenizer("", 24), config
 
 
-def save_small(path, small_clip, **changes):
-    model, tokenizer, config = small_clip
-    torch.save({"model": {**model.state_dict(), **changes}, "config": vars(config), "merges": tokenizer.merges}, path)
-    return str(path)
+@pytest.mark.parametrize("message, broken", [
+    ("nshards.txt: missing", dict(shards="")), ("1.tar: missing, though nshards.txt says 2", dict(shards="2")),
+    ("'many', expected the number of shards", dict(shards="many")), ("line 2 is blank", dict(classnames="cat\n\ndog")),
+    ("the label of 002.jpg is '2', but classnames.txt has 2 lines", dict(classnames="cat\ndog")),
+    ("'a photo' lacks {c}", dict(templates="a {c}\na photo")), ("sample 000 has no .txt", dict(kind="retrieval")),
+    ("'captions', expected retrieval or classification", dict(kind="captions"))])
+def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
+    folder = make_folder(tmp_path / "f", labelled(3), **broken)
+    with pytest.raises(ValueError) as error:
+        evaluate.read_folder(folder)
+    assert message in str(error.value) and folder in str(error.value)
 
 
-def test_a_checkpoint_gives_back_the_weights_it_was_saved_with(tmp_path, small_clip):
-    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip))
-    assert config == small_clip[2]
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small_clip[0].state_dict().values()))
+def test_byte_order_marks_are_not_part_of_a_text(tmp_path):
+    samples = [dict(sample, cls=b"\xef\xbb\xbf" + sample["cls"]) for sample in labelled(3)]
+    folder = make_folder(tmp_path / "f", samples, "\ufeff1", "\ufeffcat\ndog\nfox", "\ufeffa {c}")
+    assert evaluate.read_folder(folder)[1:] == ([0, 1, 2], ["cat", "dog", "fox"], ["a {c}"])
 
 
-def gzip_vocab():
-    symbols = [chr(256 + i) for i in range(320)]  # enough pairs for 48,894 different merges
-    pairs = [f"{a} {b}" for a in symbols for b in symbols]
-    return gzip.compress("\n".join(["#version", *pairs]).encode())
-
-
-def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path, small_clip):
-    config = clip_pgs.Config(model="demo", image_size=48, patch_size=16, context_length=9, vocab_size=49408)
-    state = {f"module.{name}": tensor for name, tensor in clip_pgs.CLIP(config).state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "foreign.pt")
-    (tmp_path / "vocab.gz").write_bytes(gzip_vocab())
-    found = evaluate.load(str(tmp_path / "foreign.pt"), str(tmp_path / "vocab.gz"))[2]
-    assert (found.model, found.image_size, found.patch_size, found.context_length) == ("demo", 48, 16, 9)
-    assert not found.quick_gelu
-
-
-def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip):
-    torch.save(small_clip[0].state_dict(), tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
-        evaluate.load(str(tmp_path / "foreign.pt"))
-
-
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, small_clip):
-    path = save_small(tmp_path / "ckpt.pt", small_clip, **{"visual.proj": torch.zeros(128, 64)})
-    with pytest.raises(ValueError, match=r"visual.proj is \(128, 64\), expected \(128, 128\)"):
-        evaluate.load(path)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("it-ran-code",)
-
-
-def test_evaluating_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Malicious()}, "ckpt.pt")
-    with pytest.raises(ValueError, match="ckpt.pt"):
-        evaluate.load("ckpt.pt")
-    assert not os.path.exists("it-ran-code")
-
-
-def test_quick_gelu_is_known_by_the_keys_of_openais_archive(tmp_path, small_clip):
-    openai = {name: torch.tensor(0) for name in ("input_resolution", "context_length", "vocab_size")}
-    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip, **openai))
-    assert config.quick_gelu and isinstance(model.transformer.resblocks[0].mlp.gelu, clip_pgs.QuickGELU)
+def test_evaluation_reads_samples_of_the_same_key_hidden_files_and_u_fffd(tmp_path):
+    folder = tmp_path / "f"
+    make_folder(folder, [], kind="retrieval")
+    write_shard(folder / "test" / "0.tar", [*pairs([0, 1]), ("._1.png", b""), *pairs([0]), ("9.png", noise_image()),
+                                            ("9.txt", "what\ufffd".encode())])
+    found = evaluate.read_folder(str(folder))
+    assert [sample.name for sample in found.samples] == ["0000.png", "0001.png", "0000.png", "9.png"]
+    assert found.targets[3] == ["what\ufffd"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
 def test_preprocess_resizes_crops_and_then_converts(mode):
-    image = Image.open(io.BytesIO(noise_jpeg(0, 37, 23))).convert(mode)
+    image = Image.open(io.BytesIO(noise_image(0, 37, 23))).convert(mode)
     middle = image.resize((int(16 * 37 / 23), 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")  # 25 x 16
     mean, std = np.float32(data.MEAN), np.float32(data.STD)
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
     assert np.array_equal(evaluate.preprocess(image, 16).numpy(), expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000)])
+def test_of_a_very_long_picture_only_the_middle_is_resized(size):
+    ramp = np.clip(np.arange(40_000) - 19_900, 0, 255).astype(np.uint8).reshape(size[::-1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen = evaluate.resize_and_crop(Image.fromarray(ramp), 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000                # kB; 8 GB before
+    assert seen.shape == (3, 224, 224) and (seen.float().mean() - 99.5).abs() < 2               # pixel 20,000
 
 
 @torch.no_grad()
@@ -2034,11 +1681,10 @@ def test_classes_without_an_image_do_not_count_in_the_recall():
     assert metrics["mean_per_class_recall"] == 0.5
 
 
-def test_retrieval_equals_a_loop_with_one_to_seven_captions_an_image():
-    generator = torch.Generator().manual_seed(0)
+def test_retrieval_equals_a_loop_with_one_to_seven_captions_per_image():
     image_of_text = torch.tensor([i for i in range(30) for _ in range(1 + i % 7)])
-    images = F.normalize(torch.randn(30, 8, generator=generator), dim=-1)
-    texts = F.normalize(images[image_of_text] + torch.randn(len(image_of_text), 8, generator=generator), dim=-1)
+    images = F.normalize(torch.randn(30, 8, generator=seeded()), dim=-1)
+    texts = F.normalize(images[image_of_text] + torch.randn(len(image_of_text), 8, generator=seeded(1)), dim=-1)
     scores, owner = (images @ texts.T).tolist(), image_of_text.tolist()
     expected = {}
     for k in (1, 5, 10):
@@ -2054,38 +1700,34 @@ def test_a_model_that_gives_all_the_same_feature_finds_nothing():
     assert max(metrics.values()) <= 0.05
 
 
-def test_a_retrieval_folder_gives_recalls(tmp_path, small_clip):
-    samples = [{"jpg": noise_jpeg(i), "txt": "\n".join(["a picture"] * (1 + i % 3)).encode()} for i in range(4)]
-    metrics = evaluate.evaluate(*small_clip, make_folder(tmp_path / "f", samples, kind="retrieval"))
-    assert len(metrics) == 6 and metrics["image_retrieval_recall@10"] == 1  # of four images
-
-
-def embed_as_rank(rank, folder, path, rendezvous):
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    metrics = evaluate.evaluate(*evaluate.load(path), folder, rank, 2, workers=1)
-    torch.distributed.destroy_process_group()
+def embed_as_rank(rank, folder, broken, path, rendezvous):
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    loaded = evaluate.load(path)
+    metrics = evaluate.evaluate(*loaded, folder, rank, 2, workers=1)
+    with pytest.raises(ValueError, match="001.jpg does not decode"):    # a picture of rank 1: both hear of it
+        evaluate.evaluate(*loaded, broken, rank, 2, workers=1)
     if rank == 0:
         print(json.dumps(metrics), file=open(path + ".json", "w"))
     assert rank == 0 or metrics == {}
 
 
-def test_two_ranks_give_the_metrics_of_one(tmp_path, small_clip):
-    samples = [{"jpg": noise_jpeg(i), "txt": "\n".join(f"{i} {j}" for j in range(1 + i % 3)).encode()} for i in range(7)]
+def test_two_ranks_give_the_metrics_of_one_and_fail_together(tmp_path, small_clip):
+    samples = [{"jpg": noise_image(i), "txt": "\n".join(f"{i} {j}" for j in range(1 + i % 3)).encode()} for i in range(7)]
     folder, path = make_folder(tmp_path / "f", samples, kind="retrieval"), save_small(tmp_path / "ckpt.pt", small_clip)
-    torch.multiprocessing.spawn(embed_as_rank, (folder, path, f"file://{tmp_path}/rendezvous"), nprocs=2)
+    broken = make_folder(tmp_path / "g", [samples[0], dict(samples[1], jpg=b"no picture")], kind="retrieval")
+    torch.multiprocessing.spawn(embed_as_rank, (folder, broken, path, f"file://{tmp_path}/rendezvous"), nprocs=2)
     assert json.load(open(path + ".json")) == pytest.approx(evaluate.evaluate(*small_clip, folder))
 
 
 def test_logistic_regression_ends_where_the_gradient_is_zero():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(60, 4, generator=generator).double(), torch.arange(60) % 3
+    x, y = torch.randn(60, 4, generator=seeded()).double(), torch.arange(60) % 3
     weights = evaluate.fit_logistic(x, y, 3, C=2.0).requires_grad_()
     loss = F.cross_entropy(x @ weights[:, :4].T + weights[:, 4], y) * 60 * 2.0 + weights[:, :4].square().sum() / 2
     assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-3  # scikit-learn's objective
 
 
 def test_a_linear_probe_learns_what_is_linear():
-    features = F.normalize(torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    features = F.normalize(torch.randn(300, 6, generator=seeded()), dim=-1)
     labels = features[:, :3].argmax(1)
     accuracy, _, _ = evaluate.linear_probe(features[:200], labels[:200], features[200:], labels[200:], 3)
     assert accuracy > 0.9
@@ -2094,7 +1736,7 @@ def test_a_linear_probe_learns_what_is_linear():
 @torch.no_grad()
 def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path, small_clip):
     model, tokenizer, config = small_clip
-    (tmp_path / "a.jpg").write_bytes(noise_jpeg(0))
+    (tmp_path / "a.jpg").write_bytes(noise_image())
     image = F.normalize(model.encode_image(evaluate.preprocess(Image.open(tmp_path / "a.jpg"), 16)[None]), dim=-1)
     pair = ["a red cat", "two blue dogs in a field"]
     pair.sort(key=lambda text: -float(F.normalize(model.encode_text(tokenizer.encode([text])), dim=-1) @ image.T))
@@ -2108,54 +1750,6 @@ def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path,
     assert results["sugar_crepe/replace"]["acc"] == pytest.approx((1 + 0.5 + 0.5) / 3)
 
 
-def test_a_picture_shows_five_images_for_each_of_ten_queries(tmp_path, small_clip):
-    samples = [{"jpg": noise_jpeg(i), "txt": b"one\ntwo"} for i in range(6)]
-    folder = make_folder(tmp_path / "f", samples, kind="retrieval")
-    evaluate.evaluate(*small_clip, folder, pictures=str(tmp_path))
-    green = np.asarray(Image.open(tmp_path / "f.png")) == [50, 205, 50]  # limegreen: five of six images are shown
-    assert green.all(-1).any()
-
-
-def test_the_table_has_an_average_of_several_classification_folders():
-    one, two = ({"acc1": a, "acc5": 1.0, "mean_per_class_recall": a} for a in (0.25, 0.5))
-    assert "average" not in evaluate.table({"one": one})
-    lines = evaluate.table({"one": one, "two": two}).splitlines()
-    assert lines[-1].split() == "| average | 37.50 | 100.00 | 37.50 |".split()
-    assert len({len(line) for line in lines}) == 1  # aligned
-
-
-BROKEN = {
-    "nshards.txt: missing": dict(shards=""),
-    "1.tar: missing, though nshards.txt says 2": dict(shards="2"),
-    "'many', expected the number of shards": dict(shards="many"),
-    "the label of 002.jpg is '2', but classnames.txt has 2 lines": dict(classnames="cat\ndog"),
-    "'a photo' lacks {c}": dict(templates="a {c}\na photo"),
-    "line 2 is blank": dict(classnames="cat\n\ndog"),
-    "'captions', expected retrieval or classification": dict(kind="captions"),
-    "sample 000 has no .txt": dict(kind="retrieval"),
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_a_broken_folder_is_named_with_what_is_wrong(message, tmp_path):
-    folder = make_folder(tmp_path / "f", labelled(3), **BROKEN[message])
-    with pytest.raises(ValueError) as error:
-        evaluate.read_folder(folder)
-    assert message in str(error.value) and folder in str(error.value)
-
-
-def test_an_empty_folder_and_no_folder_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="nshards.txt: missing"):
-        evaluate.read_folder(str(tmp_path))
-    with pytest.raises(ValueError, match="no such folder"):
-        evaluate.read_folder(str(tmp_path / "nowhere"))
-
-
-def test_a_sample_without_a_label_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="sample 001 has no .cls"):
-        evaluate.read_folder(make_folder(tmp_path / "f", [*labelled(1), {"jpg": noise_jpeg(0)}]))
-
-
 def test_an_image_that_does_not_decode_is_an_error_not_a_skip(tmp_path, small_clip):
     samples = labelled(3)
     samples[1]["jpg"] = samples[1]["jpg"][:400]
@@ -2164,10 +1758,118 @@ def test_an_image_that_does_not_decode_is_an_error_not_a_skip(tmp_path, small_cl
 
 
 def test_features_that_are_not_finite_are_an_error_not_a_score(tmp_path, small_clip):
-    model = clip_pgs.CLIP(small_clip[2])
+    model = CLIP(small_clip[2])
     model.visual.proj.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         evaluate.evaluate(model, *small_clip[1:], make_folder(tmp_path / "f", labelled(3)))
+
+
+# -----------------------------------------------------------------------------
+# evaluate.py: pictures.
+
+def test_a_picture_shows_five_images_for_each_of_ten_queries(tmp_path, small_clip):
+    samples = [{"jpg": noise_image(i), "txt": b"one\ntwo"} for i in range(6)]
+    folder = make_folder(tmp_path / "f", samples, kind="retrieval")
+    evaluate.evaluate(*small_clip, folder, pictures=str(tmp_path))
+    sheet = np.asarray(Image.open(tmp_path / "f.png"))
+    assert sheet.shape == (10 * 176, 240 + 5 * 176, 3)
+    assert (sheet == [50, 205, 50]).all(-1).any()                       # limegreen: five of six images are shown
+
+
+def test_removed_patches_are_grey_in_the_picture_and_kept_ones_as_they_were():
+    images = torch.from_numpy(np.array(picture(16))).permute(2, 0, 1)[None]
+    keep, valid = torch.tensor([[0, 5, 15, 1]]), torch.tensor([[True, True, True, False]])
+    expected = torch.full_like(images, 128)
+    for y, x in ((0, 0), (4, 4), (12, 12)):
+        expected[..., y:y + 4, x:x + 4] = images[..., y:y + 4, x:x + 4]
+    assert evaluate.masked(images, keep, valid, 4).equal(expected)
+
+
+# -----------------------------------------------------------------------------
+# evaluate.py: weights.
+
+def save_small(path, small_clip, **changes):
+    model, tokenizer, config = small_clip
+    torch.save({"model": {**model.state_dict(), **changes}, "config": vars(config), "merges": tokenizer.merges}, path)
+    return str(path)
+
+
+def test_a_checkpoint_gives_back_the_weights_it_was_saved_with(tmp_path, small_clip):
+    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip))
+    assert config == small_clip[2]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small_clip[0].state_dict().values()))
+
+
+def gzip_vocab(path):
+    symbols = [chr(256 + i) for i in range(320)]  # enough pairs for 48,894 different merges
+    path.write_bytes(gzip.compress("\n".join(["#version", *(f"{a} {b}" for a in symbols for b in symbols)]).encode()))
+    return str(path)
+
+
+def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path):
+    config = Config(model="128x1-64x2-32", image_size=48, patch_size=16, context_length=9, vocab_size=49408)
+    state = {f"module.{name}": tensor for name, tensor in CLIP(config).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "foreign.pt")
+    model, _, found = evaluate.load(str(tmp_path / "foreign.pt"), gzip_vocab(tmp_path / "vocab.gz"))
+    assert (found.model, found.image_size, found.patch_size, found.context_length) == ("128x1-64x2-32", 48, 16, 9)
+    assert not found.quick_gelu and model.visual.proj.equal(state["module.visual.proj"])
+
+
+def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip):
+    torch.save(small_clip[0].state_dict(), tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
+        evaluate.load(str(tmp_path / "foreign.pt"))
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, small_clip):
+    path = save_small(tmp_path / "ckpt.pt", small_clip, **{"visual.proj": torch.zeros(128, 64)})
+    with pytest.raises(ValueError, match=r"ckpt.pt: [^\n]*visual.proj[^\n]*\[128, 64\][^\n]*\[128, 128\]"):
+        evaluate.load(path)
+
+
+class Evil:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def saved(thing):
+    raw = io.BytesIO()
+    torch.save(thing, raw)
+    return raw.getvalue()
+
+
+@pytest.mark.parametrize("raw", [b"", b"not a checkpoint", saved({"step": 1})[:300], saved([1, 2]), None,
+                                 pickle.dumps({"model": Evil("pwned")}, 2), saved({"model": Evil("pwned")})],
+                         ids=["empty", "text", "cut", "list", "missing", "evil pickle", "evil"])
+def test_a_damaged_or_dangerous_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, monkeypatch, raw):
+    monkeypatch.chdir(tmp_path)
+    if raw is not None:
+        (tmp_path / "ckpt.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"^[^\n]*ckpt.pt: [^\n]+$"):
+        evaluate.load("ckpt.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_quick_gelu_is_known_by_the_keys_of_openais_archive(tmp_path, small_clip):
+    openai = {name: torch.tensor(0) for name in ("input_resolution", "context_length", "vocab_size")}
+    model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip, **openai))
+    assert config.quick_gelu and isinstance(model.transformer.resblocks[0].mlp.gelu, clip_pgs.QuickGELU)
+
+
+# -----------------------------------------------------------------------------
+# evaluate.py: table and main.
+
+def test_the_table_has_an_average_of_several_classification_folders():
+    one, two = ({"acc1": a, "acc5": 1.0, "mean_per_class_recall": a} for a in (0.25, 0.5))
+    assert "average" not in evaluate.table({"one": one})
+    lines = evaluate.table({"one": one, "two": two}).splitlines()
+    assert lines[-1].split() == "| average | 37.50 | 100.00 | 37.50 |".split()
+    assert len({len(line) for line in lines}) == 1  # aligned
 
 
 def test_the_command_prints_the_table_and_writes_the_names_of_clip_benchmark(tmp_path, small_clip, monkeypatch, capsys):
