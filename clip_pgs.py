@@ -16,6 +16,7 @@ rest is plumbing (the run, main). data.py reads shards, evaluate.py measures wha
 """
 import argparse
 import copy
+import fcntl
 import itertools
 import json
 import math
@@ -86,6 +87,7 @@ class Config:
     lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
     warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of the run (ours)")
     weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
+    grad_clip: float = knob(0.0, "largest norm of the gradient, which is then in the log; 0: any")
     scale: tuple = knob((0.9, 1.0), "area of the random crop, as a share of the image (open_clip)")
     # run
     seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
@@ -93,7 +95,9 @@ class Config:
     out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and the index of the shards")
     save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one", least=1)
     keep_epochs: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
+    init: str = knob("", "weights to start from: whatever evaluate.py reads; the model's size comes from the file")
     resume: str = knob("", "checkpoint to go on from, with its run's options; no file: that in --out, if any")
+    precision: str = knob("", "bf16 or fp32 (default: bf16 on a GPU that has it, else fp32)")
     grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
     compile: bool = knob(False, "let torch.compile fuse the layers; the first step of each input size is slow")
     show_masks: tuple = knob((), "photographs: draw what every mask leaves of them to masks.png in --out; stop")
@@ -135,6 +139,8 @@ def check(config):
         if getattr(config, size) % config.patch_size:
             raise ValueError(f"--{size.replace('_', '-')} {getattr(config, size)}: must be a multiple of "
                              f"--patch-size {config.patch_size}")
+    if config.precision not in ("", "bf16", "fp32"):
+        raise ValueError(f"--precision {config.precision}: bf16 or fp32")
     if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
         raise ValueError(f"--scale {config.scale}: two numbers, 0 < low <= high <= 1")
 
@@ -426,6 +432,15 @@ class Transformer(nn.Module):
         return x
 
 
+def resize_positions(position, L):
+    """Positional embeddings of a square grid, stretched to the grid of L patches: (old L, D) -> (L, D)."""
+    side, wanted = math.isqrt(len(position)), math.isqrt(L)
+    if side == wanted:
+        return position
+    position = position.T.view(1, -1, side, side)
+    return F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
+
+
 class VisionTransformer(nn.Module):
     """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches that it is given."""
 
@@ -446,10 +461,8 @@ class VisionTransformer(nn.Module):
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
-        elif patches.shape[1] != len(position):  # --ema-size: images of another size than the model's
-            side, wanted = math.isqrt(len(position)), images.shape[-1] // self.patch_size
-            position = position.T.view(1, -1, side, side)
-            position = F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
+        else:
+            position = resize_positions(position, patches.shape[1])  # --ema-size: images of another size
         return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):
@@ -612,9 +625,9 @@ def learning_rate(step, total_steps, peak, warmup):
 # One step: noise, masks, features, loss, gradients, update.
 
 
-def autocast(device):
-    """bf16 on a GPU; on a CPU, float32 as it is."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(config, device):
+    """bf16 for the towers, if the run says so; masks and loss compute in float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def step_noise(config, step, global_batch, device):
@@ -632,7 +645,7 @@ def step_noise(config, step, global_batch, device):
 def batch_masks(config, visual, ema, images, noise, alpha):
     """keep (B, K), valid (B, K) or None of images (B, 3, H, W) uint8 with noise (B, L + 1); see `make_mask`."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
-    with autocast(images.device):
+    with autocast(config, images.device):
         for pixels, part in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # parts save memory
             pixels = data.normalize(pixels)
             masks.append(make_mask(
@@ -644,22 +657,22 @@ def batch_masks(config, visual, ema, images, noise, alpha):
     return torch.cat(keeps), None if valids[0] is None else torch.cat(valids)
 
 
-def gradients(model, images, tokens, keep, valid, decoded, accum):
-    """Adds the gradients of the whole batch's loss to the parameters, in `accum` passes; returns this rank's loss.
+def gradients(config, model, images, tokens, keep, valid, decoded):
+    """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns this rank's loss.
     images (B, 3, H, W) uint8, tokens (B, T), decoded (B,) bool. One pass: forward, loss, backward. More passes
     (GradCache, Gao et al. 2021): features of all parts without gradient, the loss and its gradient at the
     features, then each part again, backward from that gradient. The result is exact."""
     def features(part):
-        with autocast(images.device):
+        with autocast(config, images.device):
             image, text, scale = model(data.normalize(images[part]), tokens[part],
                                        *(x if x is None else x[part] for x in (keep, valid)))
         return image.float(), text.float(), scale
 
-    if accum == 1:
+    if config.accum == 1:
         loss = clip_loss(*features(slice(None)), decoded)
         loss.backward()
         return loss.detach()
-    size = len(images) // accum
+    size = len(images) // config.accum
     parts = [slice(first, first + size) for first in range(0, len(images), size)]
     with torch.no_grad():
         image, text, scale = zip(*(features(part) for part in parts))
@@ -678,20 +691,24 @@ def gradients(model, images, tokens, keep, valid, decoded, accum):
 
 
 def train_step(config, model, optimizer, ema, images, tokens, decoded, noise, alpha):
-    """One update on a local batch: (loss of this rank, keep, valid). noise=None: this step sees whole images.
-    Arguments as for `batch_masks` and `gradients`; tokens stay on the CPU. At a fixed ratio the CPU never waits
-    for the GPU in here; with a range it waits once per pass."""
+    """One update on a local batch: (numbers of this rank for the log, keep, valid).
+    Arguments as for `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees whole images.
+    At a fixed ratio the CPU never waits for the GPU in here; with a range it waits once per pass."""
     clip = getattr(model, "module", model)
     images, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, decoded))
     keep, valid = (None, None) if noise is None else batch_masks(config, clip.visual, ema, images, noise, alpha)
-    loss = gradients(model, images, tokens, keep, valid, decoded, config.accum)
+    numbers = {"loss": gradients(config, model, images, tokens, keep, valid, decoded)}
+    if config.grad_clip:
+        numbers["grad_norm"] = nn.utils.clip_grad_norm_(clip.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():  # CLIP's limit of 100, after the step: beyond a clamp in forward there is no gradient
         clip.logit_scale.clamp_(max=math.log(100))
     if ema:
         update_ema(ema, clip.visual, alpha)
-    return loss, keep, valid
+    share = 1.0 if keep is None else keep.shape[1] / (config.image_size // config.patch_size) ** 2
+    kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
+    return numbers | {"logit_scale": clip.logit_scale.exp(), "kept": kept}, keep, valid
 
 
 # -----------------------------------------------------------------------------
@@ -722,7 +739,13 @@ def build(config, state, device):
     clip = CLIP(config).to(device)
     optimizer = make_optimizer(clip, config)
     if state:
-        clip.load_state_dict(state["model"])
+        name, L = "visual.positional_embedding", (config.image_size // config.patch_size) ** 2
+        first, rest = state["model"][name].split([1, len(state["model"][name]) - 1])
+        try:
+            clip.load_state_dict(state["model"] | {name: torch.cat([first, resize_positions(rest, L)])})
+        except RuntimeError as error:
+            raise ValueError(f"{config.resume or config.init}: {str(error).splitlines()[-1].strip()}") from None
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
     if ema and state.get("ema"):
@@ -735,18 +758,35 @@ def build(config, state, device):
     return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema
 
 
+def claim(config):
+    """Makes --out the folder of this run: a file that is locked until this process ends. ValueError if another process
+    trains there, or if it holds the checkpoint of a run that we do not go on with."""
+    path = os.path.join(config.out, "ckpt.pt")
+    os.makedirs(config.out, exist_ok=True)
+    lock = open(os.path.join(config.out, ".lock"), "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
+    if os.path.exists(path) and not (config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)):
+        then = evaluate.read_checkpoint(path)
+        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step {then['step']}); go on "
+                         "with it by --resume, or name another --out")
+    return lock
+
+
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. What can be checked before work starts is checked here."""
     for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
         evaluate.read_folder(folder)
-    os.makedirs(config.out, exist_ok=True)
+    lock = claim(config) if ranks()[0] == 0 else None
     shards, index = load_data(config)
     global_batch = config.batch_size * config.accum * ranks()[1]
     if global_batch > len(index):
         raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step of {len(index)} samples")
     for name, what, now in (("global_batch", "images per step (ranks x --batch-size x --accum)", global_batch),
                             ("num_samples", "samples", len(index))):
-        if state and state[name] != now:
+        if state.get(name, now) != now:
             raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what}, now there are {now}; "
                              "the number must be the same")
     if "merges" in state:
@@ -760,19 +800,25 @@ def prepare(config, state, device):
     clip, model, optimizer, ema = build(config, state, device)
     steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
     total_steps = config.steps or config.epochs * steps_per_epoch
-    unmasked_steps = total_steps if config.mask == "none" else round(config.unmasked_epochs * steps_per_epoch)
+    unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
     return SimpleNamespace(
-        config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, clip=clip, model=model,
+        lock=lock, config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, clip=clip, model=model,
         optimizer=optimizer, ema=ema, step=state.get("step", 0), global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=0 if config.mask == "none" else total_steps - unmasked_steps)
 
 
 def open_log(path, step):
     """The log, open for appending. Lines after the checkpoint's step are removed: those steps will be repeated."""
-    lines = []
+    lines, damaged = [], 0
     if step and os.path.exists(path):
         with open(path, "rb") as file:
-            lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            for line in file:
+                try:
+                    lines += [line] if json.loads(line)["step"] <= step else []
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+    if damaged:
+        print(f"warning: {path}: {damaged} damaged lines dropped")
     with data.write_whole(path) as file:
         file.writelines(lines)
     return open(path, "a", buffering=1)
@@ -788,18 +834,12 @@ def save(run, name):
                             global_batch=run.global_batch, num_samples=len(run.index)), file)
 
 
-def mean_over_ranks(device, *numbers):
+def mean_over_ranks(device, numbers):
     """(len(numbers),) float64: the means over the ranks, still on the device; reading them waits for the step."""
     values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True) for x in numbers])
     if dist.is_initialized():
         dist.all_reduce(values)
     return values / ranks()[1]
-
-
-def kept_share(config, keep, valid):
-    """The share of the patches that the encoder sees, mean over the batch: a float or a tensor on the device."""
-    share = 1.0 if keep is None else keep.shape[1] / (config.image_size // config.patch_size) ** 2
-    return share if valid is None else share * valid.float().mean()
 
 
 def train_epoch(run, epoch, log, requests):
@@ -815,23 +855,30 @@ def train_epoch(run, epoch, log, requests):
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0,
                desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
-    numbers, stopped, num_read, num_lost, causes, tick = None, False, 0, 0, Counter(), time.perf_counter()
+    values, stopped, num_read, num_lost, causes, tick = None, False, 0, 0, Counter(), time.perf_counter()
+
+    def report(reason=""):
+        lines = [f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; causes on rank {rank}:"]
+        return "\n".join([*lines, *(f"{n:8}  {cause}" for cause, n in causes.most_common(10)), *reason])
+
     for batch in itertools.chain(loader, [None]):  # None: the epoch has ended
         # The numbers of a step are read when the next batch has arrived: reading waits for the GPU, which had work
         # until then. So no checkpoint holds a step whose numbers are wrong.
-        if numbers is not None:
-            loss, logit_scale, kept, lost, requested = numbers.tolist()
-            if not math.isfinite(loss):
-                raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
-            images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
-            run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1), loss=loss,
-                              logit_scale=logit_scale, kept=kept)
-            log.write(json.dumps(run.record) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
-            bar.update()
-            num_read, num_lost = num_read + run.global_batch, num_lost + round(lost * world_size)
+        if values is not None:
+            *seen, lost, requested = values.tolist()
+            record = dict(step=run.step, epoch=epoch + 1, lr=lr,
+                          images_per_s=round(run.global_batch / (time.perf_counter() - tick), 1)) | dict(zip(numbers, seen))
+            tick, num_lost, num_read = time.perf_counter(), num_lost + round(lost * world_size), num_read + run.global_batch
+            if not math.isfinite(record["loss"]):
+                raise ValueError(f"step {run.step}: the loss is {record['loss']}; no checkpoint holds this step")
             stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
-            if stopped or batch is None or run.step % config.save_every == 0:
+            due = stopped or batch is None or run.step % config.save_every == 0
+            if num_lost > config.max_bad * (num_read if due else max(num_read, 1000)) or round(lost * world_size) == run.global_batch:
+                raise ValueError(report([f"more than --max-bad {config.max_bad}, or a batch without a pair: stopped"]))
+            log.write(json.dumps(record) + "\n")
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['images_per_s']:.0f} images/s", refresh=False)
+            bar.update()
+            if due:
                 save(run, "ckpt.pt")
         if stopped or batch is None:
             break
@@ -842,57 +889,66 @@ def train_epoch(run, epoch, log, requests):
         lr, alpha = learning_rate(run.step, run.total_steps, config.lr, config.warmup), run.step / run.total_steps
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        masked = run.step < run.masked_steps
-        noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
-        loss, keep, valid = train_step(config, run.model, run.optimizer, run.ema, images, tokens, decoded, noise,
-                                       alpha)
-        if numbers is None and rank == 0:
+        noise = step_noise(config, run.step, run.global_batch, run.device) if run.step < run.masked_steps else None
+        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, images, tokens, decoded, noise, alpha)
+        if values is None and rank == 0:
             seen = images[:8], evaluate.masked(images[:8], keep, valid, config.patch_size)
             evaluate.sheet(f"{config.out}/masks.png", [("", [(x, "", "white") for x in row]) for row in seen])
         run.step += 1
-        numbers = mean_over_ranks(run.device, loss, run.clip.logit_scale.exp(), kept_share(config, keep, valid),
-                                  len(bad), bool(requests))
+        values = mean_over_ranks(run.device, [*numbers.values(), len(bad), bool(requests)])
     bar.close()
-    if num_lost:
-        lines = [f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; the causes on rank {rank}:"]
-        lines += [f"{n:8}  {cause}" for cause, n in causes.most_common(10)]
-        if num_lost > config.max_bad * num_read:
-            raise ValueError("\n".join([*lines, f"more than --max-bad {config.max_bad} of the samples: stopped"]))
-        print("\n".join(lines)) if rank == 0 else None
-    return stopped
+    if num_lost and rank == 0:
+        print(report())
+    return record, stopped
+
+
+def evaluate_all(run):
+    """{folder: its metrics} of the folders in --val, on rank 0; a folder that fails says why under "failed"."""
+    results = {}
+    for folder in run.config.val:
+        try:
+            results[folder] = evaluate.evaluate(run.clip, run.tokenizer, run.config, folder, *ranks())
+        except (ValueError, OSError) as error:
+            results[folder] = {"failed": data.message(error)}
+    return results
+
+
+def describe(run):
+    """The line that says what will happen."""
+    config, world_size, masked = run.config, ranks()[1], run.masked_steps
+    L = (config.image_size // config.patch_size) ** 2
+    removed = " to ".join(str(round(share * L)) for share in config.ratio)
+    return (f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | "
+            f"{run.device.type}, {config.precision} | {world_size} rank{'s' * (world_size > 1)} x "
+            f"{config.batch_size * config.accum} images | {run.steps_per_epoch} steps per epoch, {run.total_steps} in all: "
+            f"{masked} with mask {config.mask}, {removed} of {L} patches removed, {run.total_steps - masked} on whole images")
 
 
 def train(config, state, device):
     """Trains a model as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and masks.png in config.out."""
     run, (rank, world_size) = prepare(config, state, device), ranks()
     state.clear()  # free the checkpoint: its tensors have been copied
-    results, requests = {}, []
+    results, requests, say = {}, [], print if rank == 0 else lambda *lines, **options: None
     for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
         signal.signal(number, lambda number, frame: requests.append(number))
     log = open(os.devnull, "w") if rank else open_log(os.path.join(config.out, "log.jsonl"), run.step)
-    L = (config.image_size // config.patch_size) ** 2
-    removed = " to ".join(str(round(share * L)) for share in config.ratio) if config.mask != "none" else 0
-    say = print if rank == 0 else lambda *lines, **options: None
-    say(f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | "
-        f"mask {config.mask}, {removed} of {L} patches removed | "
-        f"{world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
-        f"{run.steps_per_epoch} steps per epoch, {run.total_steps} in all", flush=True)
+    say(describe(run), flush=True)
     while run.step < run.total_steps:
         epoch = run.step // run.steps_per_epoch
-        stopped = train_epoch(run, epoch, log, requests)
-        ended = run.step == run.total_steps or run.step % run.steps_per_epoch == 0
-        if ended:
+        record, stopped = train_epoch(run, epoch, log, requests)
+        if run.step == run.total_steps or run.step % run.steps_per_epoch == 0:
             if config.keep_epochs:
                 save(run, f"epoch_{epoch + 1}.pt")
-            results = {folder: evaluate.evaluate(run.clip, run.tokenizer, config, folder, rank, world_size)
-                       for folder in config.val}
+            results = evaluate_all(run)
             if results:
-                log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+                log.write(json.dumps(record | dict(eval=results)) + "\n")
         if stopped and run.step < run.total_steps:
             sys.exit(f"stopped after step {run.step} of {run.total_steps}; go on with --resume" if rank == 0 else 1)
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
+    if any("failed" in metrics for metrics in results.values()):
+        sys.exit(1)
 
 
 # -----------------------------------------------------------------------------
@@ -913,7 +969,8 @@ def show_masks(config, state):
         images = data.normalize(pixels)
         attention, edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
-        tiles = [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges")]
+        tiles = [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),
+                 (evaluate.heat_map(attention, config.image_size), "class attention")]
         for name in MASKS[1:]:
             keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
                                     embeddings=embeddings, alpha=state.get("progress", 0.0), edges=config.edges,
@@ -952,6 +1009,11 @@ def parse(arguments):
             raise ValueError(f"--resume {options.resume}: weights only, no state of a training run")
         then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
         parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
+    elif options.init:  # the weights and the tokenizer, not the state of a run
+        clip, tokenizer, found = evaluate.load(options.init, options.vocab, options.quick_gelu)
+        state = dict(model=clip.state_dict(), merges=tokenizer.merges)
+        parser.set_defaults(**{name: getattr(found, name) for name in
+                               ("model", "image_size", "patch_size", "context_length", "quick_gelu")})
     options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
 
@@ -967,12 +1029,18 @@ def main():
         check(config)
         if config.show_masks:
             return show_masks(config, state)
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+            raise ValueError("SLURM_NTASKS is above 1: every task would train alone; start one torchrun per machine")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            if config.precision != "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
+                print("this GPU has no bf16: fp32 instead") if rank == 0 else None
+                config.precision = "fp32"
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, flash attention does not
         if world_size > 1:
             # The limit is 30 minutes: one process may have to read the shards of a large data set first.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
         train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         fault = stop.code

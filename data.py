@@ -107,9 +107,9 @@ def tar_members(path):
     ValueError that names the shard where the tar is damaged; what was yielded before that is whole. Names are only
     ever used as labels, never as paths on disk."""
     with open(path, "rb") as file:
+        at = -1
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                at = -1
                 for member in iter(tar.next, None):
                     tar.members = []  # else tarfile keeps them all
                     if member.offset <= at:
@@ -121,8 +121,8 @@ def tar_members(path):
         except OSError:
             raise  # the disk's fault
         except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-            cut = "truncated" if re.search("truncated|end of data", str(error)) else what_it_is(path)
-            raise ValueError(f"{path}: {cut} ({error})") from None
+            what = "truncated" if at >= 0 and "end of data" in str(error) else what_it_is(path)
+            raise ValueError(f"{path}: {what} ({error})") from None
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         file.seek(end)
         block = file.read(512)

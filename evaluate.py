@@ -544,7 +544,8 @@ def table(results):
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
     for row, metrics in rows.items():
-        cells.append([row, *(f"{100 * metrics[name]:.2f}" if name in metrics else "" for name in names)])
+        cells.append([row, *(str(metrics[name]) if name == "failed" and name in metrics else
+                             f"{100 * metrics[name]:.2f}" if name in metrics else "" for name in names)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(names) + 1)]
     first, *rest = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
                     for row in cells]

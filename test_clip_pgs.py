@@ -764,8 +764,8 @@ def one_step(config):
     tokens, decoded = random_tokens(8).chunk(world_size)[rank], (torch.arange(8) != 5).chunk(world_size)[rank]
     noise = clip_pgs.step_noise(config, 3, 8, CPU)
     keep, valid = clip_pgs.batch_masks(config, clip.visual, clip.visual, images, noise, 0.5)
-    loss = clip_pgs.gradients(model, images, tokens, keep, valid, decoded, config.accum)
-    mean = clip_pgs.mean_over_ranks(CPU, loss).float()
+    loss = clip_pgs.gradients(config, model, images, tokens, keep, valid, decoded)
+    mean = clip_pgs.mean_over_ranks(CPU, [loss]).float()
     return torch.cat([mean, *(p.grad.flatten() for p in clip.parameters())])
 
 
@@ -837,8 +837,8 @@ def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch,
         clip, noise = CLIP(tiny()), torch.empty(4, 17)
     images, decoded = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
     optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
-    loss, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), decoded, noise, 0.5)
-    assert loss.is_meta
+    numbers, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), decoded, noise, 0.5)
+    assert numbers["loss"].is_meta
 
 
 # -----------------------------------------------------------------------------
@@ -894,7 +894,8 @@ def test_a_run_leaves_a_log_a_checkpoint_and_a_picture_and_says_what_to_do_next(
     assert [(record["step"], record["epoch"]) for record in log] == [(i + 1, i // 5 + 1) for i in range(10)]
     assert log[0].keys() == {"step", "epoch", "loss", "lr", "logit_scale", "images_per_s", "kept"}
     assert log[0]["kept"] == 0.5 and log[0]["loss"] > 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "index.json", "index.npy", "log.jsonl", "masks.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "ckpt.pt", "index.json", "index.npy", "log.jsonl",
+                                                     "masks.png"]
     assert evaluate.read_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 10
     printed = capsys.readouterr().out
     assert "8 of 16 patches removed" in printed and "python evaluate.py" in printed.splitlines()[-1]
@@ -1068,7 +1069,7 @@ def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, mode):
     command("--show-masks", name, name, "--model", "128x2-64x2-16", "--image-size", 16, "--patch-size", 4, "--out",
             tmp_path / "out")
     sheet = Image.open(tmp_path / "out" / "masks.png")
-    assert sheet.size == (6 * 176, 2 * 191)  # photograph, edges, four masks, a line of text below; two rows
+    assert sheet.size == (7 * 176, 2 * 191)  # photograph, edges, attention, four masks, a line of text below; two rows
 
 
 def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
