@@ -72,12 +72,15 @@ class Config:
     context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)", least=3)
     quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
     # mask
-    mask: str = knob("pgs", "which patches to remove: none, random, cluster, attentive or pgs")
+    mask: str = knob("pgs", "which patches to remove: none, random, center, cluster, attentive or pgs")
     ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image decides in between")
     edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
     embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP's ablation)")
     ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112 (A-CLIP); 0: as the images")
+    text_tokens: int = knob(0, "words' tokens of a caption, longer ones lose common words; 0: all (CLIPF)")
+    views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
+    contrast: tuple = knob((), "with --views 2: losses between the views, simclr, byol or both (SLIP, A-CLIP)")
     unmasked_epochs: float = knob(0.0, "epochs at the end that see whole images (FLIP's unmasked tuning)")
     # optimization
     batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096 in all)", least=1)
@@ -139,6 +142,9 @@ def check(config):
         if getattr(config, size) % config.patch_size:
             raise ValueError(f"--{size.replace('_', '-')} {getattr(config, size)}: must be a multiple of "
                              f"--patch-size {config.patch_size}")
+    if config.views > 2 or not {*config.contrast} <= {"simclr", "byol"} or config.contrast and config.views < 2:
+        raise ValueError(f"--views {config.views} --contrast {' '.join(config.contrast) or 'none'}: 1 or 2 views; simclr, "
+                         "byol or both with 2")
     if config.precision not in ("", "bf16", "fp32"):
         raise ValueError(f"--precision {config.precision}: bf16 or fp32")
     if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
@@ -159,7 +165,7 @@ def check(config):
 # Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an embedding,
 # T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
-MASKS = ("none", "random", "cluster", "attentive", "pgs")
+MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
 EPS = 0.05         # of optimal transport: the smaller, the more mass a patch keeps for its nearest twins (ours)
@@ -309,6 +315,10 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
     with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) need float32
         if name == "random":  # FLIP, Li et al., CVPR 2023
             return remove(noise, ratio, noise, share)
+        if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
+            y, x = (torch.linspace(-1, 1, side, device=noise.device) for side in grid)
+            density = torch.exp(-(y[:, None] ** 2 + x ** 2) / (2 * 0.2)) / (2 * math.pi * 0.2)   # 0.80 in the middle
+            return remove(-noise - density.flatten(), ratio, noise, share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
@@ -366,8 +376,11 @@ class Attention(nn.Module):
         B, K, _ = qkv.shape
         return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x, slots=None, causal=False, first_only=False):
+    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
         q, k, v = self.heads(x, slots)
+        if rows is not None:  # for the teacher: the first token's attention to the others, mean over heads, (B, K - 1)
+            row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, K)
+            rows.append(row[:, :, 0, 1:].mean(1))
         if first_only:
             q = q[:, :, :1]
         # Causal attention needs no mask: padding follows the valid tokens, which never look ahead.
@@ -397,9 +410,9 @@ class Block(nn.Module):
             gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, slots=None, causal=False, first_only=False):
+    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
         """(B, K, D), or (N, D) with its slots -> same shape; with first_only the first token alone, (B, 1, D)."""
-        y = self.attn(self.ln_1(x), slots, causal, first_only)
+        y = self.attn(self.ln_1(x), slots, causal, first_only, rows)
         x = (x[:, :1] if first_only else x) + y
         return x + self.mlp(self.ln_2(x))
 
@@ -419,7 +432,7 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, x, slots=None, causal=False, first_only=False):
+    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
         """As `Block.forward`; with first_only, the last layer computes the first token of each image alone."""
         for number, block in enumerate(self.resblocks, 1):
             only = first_only and number == len(self.resblocks)
@@ -428,7 +441,7 @@ class Transformer(nn.Module):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, slots, causal, only, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, slots, causal, only)
+                x = block(x, slots, causal, only, rows)
         return x
 
 
@@ -471,16 +484,17 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
-    def forward(self, images, keep=None, valid=None):
-        """See `CLIP.encode_image`."""
+    def class_token(self, images, keep=None, valid=None, rows=None):
+        """What the encoder makes of the class token: (B, D); arguments as of `CLIP.encode_image`. A list `rows` takes
+        the class token's attention to each patch, (B, L) of each layer."""
         x, slots = self.embed(images, keep), None                        # (B, 1 + K, D)
         if valid is not None:
             valid = F.pad(valid, (1, 0), value=True)                     # the class token is always valid
             # nonzero: the CPU waits here, because only the GPU knows how many patches are kept.
             slots = Slots(valid, valid.flatten().nonzero()[:, 0])
             x = slots.pack(x)                                            # (N, D)
-        x = self.transformer(x, slots, first_only=True)                  # (B, 1, D)
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.transformer(x, slots, first_only=True, rows=rows)       # (B, 1, D)
+        return self.ln_post(x[:, 0])
 
 
 class CLIP(nn.Module):
@@ -502,7 +516,7 @@ class CLIP(nn.Module):
     def encode_image(self, images, keep=None, valid=None):
         """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
         With valid (B, K) bool, slots of `keep` that are not valid have no influence and almost no cost."""
-        return self.visual(images, keep, valid)
+        return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
         """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id.
@@ -518,40 +532,34 @@ class CLIP(nn.Module):
         return self.ln_final(x[last]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
-        """Image features (B, E), text features (B, E), the factor that the loss multiplies their cosines by."""
-        return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
+        """Image features (B, E), text features (B, E), the factor of their cosines in the loss, class tokens (B, D)."""
+        token = self.visual.class_token(images, keep, valid)
+        return token @ self.visual.proj, self.encode_text(tokens), self.logit_scale.exp(), token
 
 
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower, whose attention the mask `attentive` ranks by.
+# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention; BYOL predicts its class token.
 
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, mean over layers and heads: (B, L); images (B, 3, H, W).
-    A-CLIP's score; a row sums to less than 1, the rest is attention to itself. With size, a multiple of the patch
-    size, the encoder looks at images of that side (A-CLIP's efficient version). The loop is the transformer's,
-    except that it forms the class token's row of each attention map, and that it ends with the last of them."""
-    grid = images.shape[-1] // visual.patch_size
+    """How much the class token attends to each patch, mean over layers and heads, and the class token at the end:
+    (B, L), (B, D) of images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself. With size, a
+    multiple of the patch size, the encoder looks at images of that side (A-CLIP's efficient version)."""
+    grid, rows = images.shape[-1] // visual.patch_size, []
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    x, total = visual.embed(images), 0
-    for block in visual.transformer.resblocks:
-        q, k, _ = block.attn.heads(block.ln_1(x))
-        row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, 1 + L)
-        total = total + row[:, :, 0, 1:].mean(1)                                          # (B, L)
-        if block is not visual.transformer.resblocks[-1]:
-            x = block(x)
-    attention = total / len(visual.transformer.resblocks)
+    token = visual.class_token(images, rows=rows)                        # rows: (B, L) of each layer
+    attention = sum(rows) / len(rows)
     if size:
         side = size // visual.patch_size
         attention = F.interpolate(attention.view(-1, 1, side, side), (grid, grid), mode="bilinear").flatten(1)
-    return attention
+    return attention, token
 
 
 @torch.no_grad()
 def update_ema(ema, model, progress):
-    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
+    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1 (A-CLIP)."""
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - momentum)
@@ -582,13 +590,17 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather(x):
+    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in the order of the ranks, with gradient."""
+    return Gather.apply(x) if dist.is_initialized() else x
+
+
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
     """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, E), which it normalises.
     logit_scale multiplies the cosines. Pairs that are not decoded (B,) bool are left out, as rows and as columns.
     Each rank compares its own pairs with the pairs of all ranks. The mean of what the ranks return is the loss of
     the whole batch, and the mean of their gradients, which DDP takes, is its gradient."""
     B, (rank, world_size) = len(image_features), ranks()
-    gather = Gather.apply if world_size > 1 else lambda x: x
     if decoded is None:
         decoded = torch.ones(B, dtype=torch.bool, device=image_features.device)
     images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
@@ -602,12 +614,74 @@ def clip_loss(image_features, text_features, logit_scale, decoded=None):
 
 
 # -----------------------------------------------------------------------------
+# Two views (A-CLIP, SLIP). With --views 2, each image is cropped twice; the CLIP loss is the mean over both views, and
+# --contrast compares the views with each other. A student may skip this chapter: one view does not use it.
+#
+# The heads see the class tokens of the whole gathered batch, on every rank alike, outside DDP: batch norm and losses
+# then depend neither on the number of ranks nor on --accum.
+
+
+def nt_xent(a, b, temperature=0.1):
+    """SimCLR's loss (Chen et al. 2020), the mean over 2N views; features (N, E) of the gathered batch, not normalised.
+    Each view has to find the other view of its image among the 2N - 1 other views."""
+    z, N = F.normalize(torch.cat([a, b]), dim=-1), len(a)                # (2N, E)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)           # a view is not compared with itself
+    return F.cross_entropy(logits, torch.arange(2 * N, device=a.device).roll(N))
+
+
+def byol(prediction, target):
+    """BYOL's loss (Grill et al. 2020): mean of 2 - 2 cos over features (N, E); no gradient reaches the target."""
+    return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
+
+
+def head(*widths):
+    """Linear layers of these widths, batch norm and ReLU between them."""
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
+    norms = [nn.Sequential(nn.BatchNorm1d(width), nn.ReLU()) for width in widths[1:-1]]
+    return nn.Sequential(*itertools.chain(*zip(layers, norms)), layers[-1])
+
+
+class Heads(nn.Module):
+    """What --contrast trains beside the towers, with A-CLIP's widths for ViT-B."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = tower_sizes(config.model)["width"]
+        wide = 4096 if D >= 768 else 4 * D
+        if "simclr" in config.contrast:
+            self.simclr = head(D, wide, wide, 256)
+        if "byol" in config.contrast:
+            self.projector, self.predictor = head(D, wide, 256), head(256, wide, 256)
+            self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # EMA of the projector
+
+    def forward(self, tokens, taught):
+        """The weighted sum of the losses (A-CLIP's weights) of tokens (2, N, D) and the teacher's token (N, D)."""
+        loss = 0
+        if hasattr(self, "simclr"):
+            loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
+        if hasattr(self, "projector"):
+            target = self.teacher(taught)
+            loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
+        return loss
+
+
+def cut_attention(attention, boxes, side):
+    """Attention (B, L) over a square image -> (B, side * side) over the patches of the parts boxes (B, 4) of it: left,
+    top, right, bottom in [0, 1]."""
+    centers = (torch.arange(side, device=attention.device) + 0.5) / side                  # of the part's patches
+    x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))  # (B, side)
+    where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
+    whole = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
+    return F.grid_sample(whole, 2 * where.to(whole) - 1, padding_mode="border", align_corners=False).flatten(1)
+
+
+# -----------------------------------------------------------------------------
 # Optimizer and schedule.
 
 
-def make_optimizer(model, config):
+def make_optimizer(config, *modules):
     """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other vectors, logit_scale."""
-    parameters = list(model.parameters())
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -622,91 +696,125 @@ def learning_rate(step, total_steps, peak, warmup):
 
 
 # -----------------------------------------------------------------------------
-# One step: noise, masks, features, loss, gradients, update.
+# One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
 
 def autocast(config, device):
-    """bf16 for the towers, if the run says so; masks and loss compute in float32 all the same."""
+    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def step_noise(config, step, global_batch, device):
-    """This rank's rows of the mask noise of the whole global batch: (B, L + 1), uniform in [0, 1).
-    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The
-    seed is a hash of the run's seed and the step."""
-    rank, world_size = ranks()
-    L = (config.image_size // config.patch_size) ** 2
+    """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
+    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The seed
+    is a hash of the run's seed and the step."""
+    (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.rand(global_batch, L + 1, generator=generator, device=device).chunk(world_size)[rank]
+    noise = torch.rand(config.views, global_batch, L + 1, generator=generator, device=device)
+    return noise.chunk(world_size, dim=1)[rank]
+
+
+def parts_of(config, batch):
+    """The slices of a local batch that go through the towers one after the other, --accum of them."""
+    size = batch // config.accum
+    return [slice(first, first + size) for first in range(0, batch, size)]
 
 
 @torch.no_grad()
-def batch_masks(config, visual, ema, images, noise, alpha):
-    """keep (B, K), valid (B, K) or None of images (B, 3, H, W) uint8 with noise (B, L + 1); see `make_mask`."""
+def teach(config, ema, images, boxes):
+    """What the EMA encoder sees: its attention to the patches of each view (V, B, L), and its class token (B, D).
+    images (V + 1, B, 3, H, W) uint8, the last one around both views, which lie in it as boxes (V, B, 4) say; or a
+    single view (1, B, 3, H, W), which is seen itself."""
+    with autocast(config, images.device):
+        seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
+                for part in parts_of(config, images.shape[1])]
+    attention, taught = map(torch.cat, zip(*seen))
+    side = config.image_size // config.patch_size
+    attention = attention[None] if len(images) == 1 else torch.stack([cut_attention(attention, box, side) for box in boxes])
+    return attention, taught.float()
+
+
+@torch.no_grad()
+def batch_masks(config, visual, attention, images, noise, alpha):
+    """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, L + 1)."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
-        for pixels, part in zip(images.chunk(config.accum), noise.chunk(config.accum)):  # parts save memory
-            pixels = data.normalize(pixels)
+        for view, part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
+            pixels = data.normalize(images[view, part])
             masks.append(make_mask(
-                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=part, alpha=alpha,
+                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part], alpha=alpha,
                 embeddings=visual.patch_tokens(pixels) if mixed else None,
-                attention=class_attention(ema, pixels, config.ema_size) if config.mask == "attentive" else None,
-                edges=config.edges, transport=config.transport))
-    keeps, valids = zip(*masks)
-    return torch.cat(keeps), None if valids[0] is None else torch.cat(valids)
+                attention=None if attention is None else attention[view, part], edges=config.edges,
+                transport=config.transport))
+    keep, valid = zip(*masks)
+    return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in (keep, valid)]
 
 
-def gradients(config, model, images, tokens, keep, valid, decoded):
+def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
     """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns this rank's loss.
-    images (B, 3, H, W) uint8, tokens (B, T), decoded (B,) bool. One pass: forward, loss, backward. More passes
-    (GradCache, Gao et al. 2021): features of all parts without gradient, the loss and its gradient at the
-    features, then each part again, backward from that gradient. The result is exact."""
+    images (V, B, 3, H, W) uint8, tokens (B, T), keep and valid (V, B, K) or None, decoded (B,) bool, taught (B, D).
+    One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts without
+    gradient, the loss and its gradient at the features, then each part again, backward from that gradient. The result
+    is exact."""
     def features(part):
         with autocast(config, images.device):
-            image, text, scale = model(data.normalize(images[part]), tokens[part],
-                                       *(x if x is None else x[part] for x in (keep, valid)))
-        return image.float(), text.float(), scale
+            image, text, scale, token = model(data.normalize(images[:, part].flatten(0, 1)), tokens[part],
+                                              *(x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid)))
+        image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))  # (V, b, E), (V, b, D)
+        return image, text.float(), scale, token
+
+    def loss_of(image, text, scale, token):
+        loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
+        if heads:
+            real = gather(decoded)
+            loss = loss + heads([gather(view)[real] for view in token], taught if taught is None else gather(taught)[real])
+        return loss
 
     if config.accum == 1:
-        loss = clip_loss(*features(slice(None)), decoded)
+        loss = loss_of(*features(slice(None)))
         loss.backward()
         return loss.detach()
-    size = len(images) // config.accum
-    parts = [slice(first, first + size) for first in range(0, len(images), size)]
+    parts = parts_of(config, images.shape[1])
     with torch.no_grad():
-        image, text, scale = zip(*(features(part) for part in parts))
-    image, text, scale = (x.requires_grad_() for x in (torch.cat(image), torch.cat(text), scale[0]))
-    loss = clip_loss(image, text, scale, decoded)
+        image, text, scale, token = zip(*(features(part) for part in parts))
+    cached = torch.cat(image, dim=1), torch.cat(text), scale[0], torch.cat(token, dim=1)
+    loss = loss_of(*(x.requires_grad_() for x in cached))
     loss.backward()
+    image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
     for part in parts:
         last = part is parts[-1]
         # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough. The
         # gradient of the temperature belongs to all parts: it, too, goes in once.
         with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
-            outputs = features(part)
-            scale_grad = scale.grad if last else torch.zeros_like(scale)
-            torch.autograd.backward(outputs, (image.grad[part], text.grad[part], scale_grad))
+            torch.autograd.backward(features(part), (image[:, part], text[part], scale * last, token[:, part]))
     return loss.detach()
 
 
-def train_step(config, model, optimizer, ema, images, tokens, decoded, noise, alpha):
+def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
     """One update on a local batch: (numbers of this rank for the log, keep, valid).
-    Arguments as for `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees whole images.
-    At a fixed ratio the CPU never waits for the GPU in here; with a range it waits once per pass."""
-    clip = getattr(model, "module", model)
-    images, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, decoded))
-    keep, valid = (None, None) if noise is None else batch_masks(config, clip.visual, ema, images, noise, alpha)
-    numbers = {"loss": gradients(config, model, images, tokens, keep, valid, decoded)}
+    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees whole
+    images. At a fixed ratio the CPU never waits for the GPU in here; with a range, or heads, it waits once per pass."""
+    clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
+    images, boxes, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, boxes, decoded))
+    if ema and (noise is not None or config.contrast):
+        attention, taught = teach(config, ema, images, boxes)
+    images = images[:config.views]
+    if noise is not None:
+        keep, valid = batch_masks(config, clip.visual, attention, images, noise, alpha)
+    numbers = {"loss": gradients(config, model, heads, images, tokens, keep, valid, decoded, taught)}
     if config.grad_clip:
-        numbers["grad_norm"] = nn.utils.clip_grad_norm_(clip.parameters(), config.grad_clip)
+        numbers["grad_norm"] = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]],
+                                                        config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():  # CLIP's limit of 100, after the step: beyond a clamp in forward there is no gradient
         clip.logit_scale.clamp_(max=math.log(100))
     if ema:
         update_ema(ema, clip.visual, alpha)
-    share = 1.0 if keep is None else keep.shape[1] / (config.image_size // config.patch_size) ** 2
+    if "byol" in config.contrast:
+        update_ema(heads.teacher, heads.projector, alpha)
+    share = 1.0 if keep is None else keep.shape[-1] / (config.image_size // config.patch_size) ** 2
     kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
     return numbers | {"logit_scale": clip.logit_scale.exp(), "kept": kept}, keep, valid
 
@@ -733,11 +841,12 @@ def load_data(config):
 
 
 def build(config, state, device):
-    """(clip, model, optimizer, ema): new ones, or as the checkpoint `state` has them.
-    model is clip, or clip in DDP if there are several ranks; ema is the encoder of the attentive mask, or None."""
+    """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them.
+    model is clip, or clip in DDP if there are several ranks; ema is the teacher or None, heads those of --contrast."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
-    optimizer = make_optimizer(clip, config)
+    heads = Heads(config).to(device) if config.contrast else None
+    optimizer = make_optimizer(config, clip, *([heads] if heads else []))
     if state:
         name, L = "visual.positional_embedding", (config.image_size // config.patch_size) ** 2
         first, rest = state["model"][name].split([1, len(state["model"][name]) - 1])
@@ -747,15 +856,16 @@ def build(config, state, device):
             raise ValueError(f"{config.resume or config.init}: {str(error).splitlines()[-1].strip()}") from None
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" else None
-    if ema and state.get("ema"):
-        ema.load_state_dict(state["ema"])
+    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" or "byol" in config.contrast else None
+    for module, name in ((ema, "ema"), (heads, "heads")):
+        if module and state.get(name):
+            module.load_state_dict(state[name])
     if config.compile:
         torch._dynamo.config.cache_size_limit = 32  # versions of a function; we need about 12, the default is 8
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
-    return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema
+    return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
 
 
 def claim(config):
@@ -789,6 +899,7 @@ def prepare(config, state, device):
         if state.get(name, now) != now:
             raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what}, now there are {now}; "
                              "the number must be the same")
+    chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
     if "merges" in state:
         tokenizer = data.Tokenizer(state["merges"], config.context_length)
     elif config.vocab:
@@ -797,14 +908,14 @@ def prepare(config, state, device):
         captions = data.sample_captions(shards, index)
         tokenizer = data.Tokenizer(data.learn_merges(captions, config.vocab_size - 514), config.context_length)
     config.vocab_size = tokenizer.vocab_size
-    clip, model, optimizer, ema = build(config, state, device)
+    clip, model, optimizer, ema, heads = build(config, state, device)
     steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
     total_steps = config.steps or config.epochs * steps_per_epoch
     unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
     return SimpleNamespace(
-        lock=lock, config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, clip=clip, model=model,
-        optimizer=optimizer, ema=ema, step=state.get("step", 0), global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=0 if config.mask == "none" else total_steps - unmasked_steps)
+        lock=lock, config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, chances=chances, clip=clip, model=model,
+        optimizer=optimizer, ema=ema, heads=heads, step=state.get("step", 0), global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
 
 
 def open_log(path, step):
@@ -829,7 +940,8 @@ def save(run, name):
     if ranks()[0] == 0:
         with data.write_whole(os.path.join(run.config.out, name)) as file:
             torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
-                            ema=run.ema and run.ema.state_dict(), config=asdict(run.config),
+                            ema=run.ema and run.ema.state_dict(), heads=run.heads and run.heads.state_dict(),
+                            config=asdict(run.config),
                             merges=run.tokenizer.merges, step=run.step, progress=run.step / run.total_steps,
                             global_batch=run.global_batch, num_samples=len(run.index)), file)
 
@@ -848,8 +960,10 @@ def train_epoch(run, epoch, log, requests):
     config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
     order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
-    batches = data.Batches(run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank],
-                           run.tokenizer, config.image_size, config.scale, (config.seed, epoch))
+    batches = data.Batches(
+        run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank], run.tokenizer,
+        config.image_size, config.scale, (config.seed, epoch), config.views, run.ema and config.views == 2,
+        config.text_tokens, run.chances, run.masked_steps - epoch * run.steps_per_epoch)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
                                          pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0,
@@ -882,17 +996,20 @@ def train_epoch(run, epoch, log, requests):
                 save(run, "ckpt.pt")
         if stopped or batch is None:
             break
-        images, tokens, decoded, bad, fault = batch
+        images, boxes, tokens, decoded, bad, fault = batch
         if fault:
             raise OSError(fault)
         causes.update(bad)
         lr, alpha = learning_rate(run.step, run.total_steps, config.lr, config.warmup), run.step / run.total_steps
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        noise = step_noise(config, run.step, run.global_batch, run.device) if run.step < run.masked_steps else None
-        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, images, tokens, decoded, noise, alpha)
+        masked = config.mask != "none" and run.step < run.masked_steps
+        noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
+        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes, tokens,
+                                          decoded, noise, alpha)
         if values is None and rank == 0:
-            seen = images[:8], evaluate.masked(images[:8], keep, valid, config.patch_size)
+            pixels, keep, valid = images[0, :8], *(x if x is None else x[0] for x in (keep, valid))
+            seen = pixels, evaluate.masked(pixels, keep, valid, config.patch_size)
             evaluate.sheet(f"{config.out}/masks.png", [("", [(x, "", "white") for x in row]) for row in seen])
         run.step += 1
         values = mean_over_ranks(run.device, [*numbers.values(), len(bad), bool(requests)])
@@ -967,7 +1084,7 @@ def show_masks(config, state):
     for path in config.show_masks:
         pixels = evaluate.open_photo(path, config.image_size)[None]                     # (1, 3, H, W) uint8
         images = data.normalize(pixels)
-        attention, edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
+        (attention, _), edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
         tiles = [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),
                  (evaluate.heat_map(attention, config.image_size), "class attention")]

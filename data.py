@@ -32,7 +32,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -357,20 +357,42 @@ def random_box(width, height, scale, rng):
     return np.array([left, top, left + w, top + h])
 
 
-def crop(image, box, size):
-    """The part `box` of a PIL image: (3, size, size) uint8, RGB.
+def crops(image, boxes, size):
+    """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
     A JPEG that is not loaded yet is decoded no larger than needed."""
     # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture
     # of a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or
     # less; on photographs, the error that is left is that of saving the JPEG once more at quality 90.
-    width, enough = image.width, 1.5 * size / min(box[2:] - box[:2])
+    width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
-        box = (box / round(width / image.width)).round().astype(int)
-    left, top, right, bottom = box
-    pixels = np.array(to_rgb(image))[top:bottom, left:right]                                    # (h, w, 3)
+        boxes = (boxes / round(width / image.width)).round().astype(int)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                   # (1, 3, H, W)
     # The same as Pillow's resize up to rounding, five times as fast.
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]                                    # (1, 3, h, w)
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
+    return torch.cat([F.interpolate(pixels[..., top:bottom, left:right], (size, size), mode="bicubic", antialias=True)
+                      for left, top, right, bottom in boxes])
+
+
+def augment(view, rng):
+    """Photometric changes of a view (3, H, W) uint8, with A-CLIP's strengths: colour jitter of 0.4, 0.4, 0.2 and 0.1
+    with probability 0.8, grey 0.2, blur 0.1, solarise 0.2."""
+    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+    if rng.random() < 0.8:
+        for change in rng.permutation(4):
+            if change == 3:
+                hue, *others = image.convert("HSV").split()
+                shift = round(255 * rng.uniform(-0.1, 0.1))
+                image = Image.merge("HSV", (hue.point(lambda value: (value + shift) % 256), *others)).convert("RGB")
+            else:
+                strength = (0.4, 0.4, 0.2)[change]
+                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+                image = kind(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    if rng.random() < 0.2:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < 0.1:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2)))
+    if rng.random() < 0.2:
+        image = ImageOps.solarize(image, 128)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalize(images):
@@ -524,9 +546,13 @@ class Tokenizer:
 
     def encode(self, captions):
         """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut before its <end>."""
+        return self.encode_words([split_words(caption) for caption in captions])
+
+    def encode_words(self, captions):
+        """As `encode`, for captions that are lists of words of byte symbols."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
-        for row, caption in zip(tokens, captions):
-            ids = [number for word in split_words(caption) for number in self.word_ids(word)]
+        for row, words in zip(tokens, captions):
+            ids = [number for word in words for number in self.word_ids(word)]
             ids = [self.start, *ids[:self.context_length - 2], self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -538,36 +564,67 @@ class Tokenizer:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch b of this rank: images (B, 3, H, W) uint8, tokens (B, T) int64, decoded (B,) bool, lost, fault.
-    order: (steps, B) sample numbers. A sample that does not decode leaves a black image and its cause in the list
-    `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
+    """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T) int64, decoded (B,) bool, lost,
+    fault. order: (steps, B) sample numbers; views: V. With `whole`, images has one more row: the part of the picture
+    around all views, in which they lie as boxes (left, top, right, bottom in [0, 1]) say. In the first `masked` batches,
+    captions keep `text_tokens` tokens at most, see `shorten`. A sample that does not decode leaves a black image and
+    its cause in the list `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
 
-    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed):
+    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False, text_tokens=0,
+                 chances=None, masked=0):
         self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
-        self.image_size, self.scale, self.seed = image_size, scale, seed
+        self.image_size, self.scale, self.seed, self.views, self.whole = image_size, scale, seed, views, whole
+        self.text_tokens, self.chances, self.masked = text_tokens, chances, masked
 
     def __getitem__(self, number):
-        samples, size = self.order[number], self.image_size
-        images = torch.zeros(len(samples), 3, size, size, dtype=torch.uint8)
-        chosen, decoded, lost, fault = [""] * len(samples), torch.ones(len(samples), dtype=torch.bool), [], ""
+        samples, size, words = self.order[number], self.image_size, []
+        images = torch.zeros(self.views + bool(self.whole), len(samples), 3, size, size, dtype=torch.uint8)
+        boxes, decoded = torch.zeros(self.views, len(samples), 4), torch.ones(len(samples), dtype=torch.bool)
+        lost, fault = [], ""
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
-            # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
+            # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
             rng = np.random.default_rng([*self.seed, sample])
+            words.append([])
             try:
                 texts = captions(shard, row)
-                chosen[i] = texts[rng.integers(len(texts))]
+                words[-1] = split_words(texts[rng.integers(len(texts))])
                 raw = read_bytes(shard, row["image"], row["image_size"])
                 with decoding():
                     image = upright(open_image(raw))
-                    images[i] = crop(image, random_box(*image.size, self.scale, rng), size)
+                    found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])  # (V, 4)
+                    around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])                      # (4,)
+                    images[:, i] = crops(image, np.concatenate([found, around[None]])[:len(images)], size)
+                boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / np.tile(around[2:] - around[:2], 2))
+                for view in images[:self.views, i] if self.views > 1 else ():
+                    view.copy_(augment(view, rng))
+                if self.text_tokens and number < self.masked:
+                    words[-1] = self.shorten(words[-1], rng)
             except ValueError as error:
                 decoded[i] = False
                 lost.append(str(error))
             except OSError as error:
                 fault = message(error)
-        return images, self.tokenizer.encode(chosen), decoded, lost, fault
+        return images, boxes, self.tokenizer.encode_words(words), decoded, lost, fault
+
+    def shorten(self, words, rng):
+        """Without the words that are the first to go, until the rest has at most text_tokens tokens; CLIPF, Liang and
+        Larson, WACV 2026. Those with the highest `noise - chance` stay, in their order."""
+        lengths = np.array([len(self.tokenizer.word_ids(word)) for word in words])
+        score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
+        first = score.argsort()                                       # the first to go
+        left = lengths.sum() - lengths[first].cumsum()                # tokens left when the word has gone, too
+        num_gone = 0 if lengths.sum() <= self.text_tokens else 1 + int((left <= self.text_tokens).argmax())
+        return [words[i] for i in sorted(first[num_gone:])]
+
+
+def word_chances(captions, threshold=1e-6, least=5):
+    """{word: its chance to go first, max(0, 1 - sqrt(threshold / share))}, share of it among all words of the captions;
+    words that occur less often than `least` times are left out: they always go first (CLIPF)."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    total = counts.total()
+    return {word: max(0.0, 1 - math.sqrt(threshold * total / n)) for word, n in counts.items() if n >= least}
 
 
 def captions(shard, row):

@@ -6,6 +6,7 @@
 Expected values come from elsewhere: a loop, a closed form, float64, finite differences, a picture drawn by hand.
 """
 import copy
+import fcntl
 import gzip
 import io
 import json
@@ -394,6 +395,18 @@ def test_random_keeps_every_patch_equally_often():
     assert share.sub(0.5).abs().max() < 5 * math.sqrt(0.25 / 2000)      # five standard deviations
 
 
+def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
+    keep, _ = masked("center", noise_images(4000, 24, 24), (0.5,))
+    share = keep.flatten().bincount(minlength=36).double() / 4000
+    rng, axis, count = np.random.default_rng(0), np.linspace(-1, 1, 6), np.zeros(36)
+    density = np.exp(-(axis[:, None] ** 2 + axis ** 2) / 0.4) / (0.4 * np.pi)
+    assert density.max() == pytest.approx(0.796 * np.exp(-0.04 / 0.2), abs=1e-3)        # 0.80 in the middle
+    for _ in range(4000):
+        count[np.argsort(rng.random(36) + density.ravel())[18:]] += 1
+    assert share.sub(torch.tensor(count / 4000)).abs().max() < 0.05
+    assert (share[14] / share[0]).item() == pytest.approx(count[14] / count[0], rel=0.2) and share[14] > 2 * share[0]
+
+
 def test_none_keeps_everything():
     keep, valid = masked("none", noise_images(2), (0.5,))
     assert keep.tolist() == [list(range(16))] * 2 and valid is None
@@ -495,7 +508,7 @@ def test_every_switch_changes_the_mask_of_a_picture(mask, switch, least):
 def test_blocks_change_the_mask_of_a_picture():
     images = torch.cat([for_model(scene(i)) for i in range(4)])
     torch.manual_seed(0)
-    attention, noise = clip_pgs.class_attention(CLIP(Config()).visual, images), torch.rand(4, 197, generator=seeded())
+    (attention, _), noise = clip_pgs.class_attention(CLIP(Config()).visual, images), torch.rand(4, 197, generator=seeded())
     keep, _ = make_mask("attentive", images, (0.5,), noise=noise, attention=attention)
     single = attention.argsort(1, descending=True)[:, :98]              # the patches that rank alone would keep
     assert np.mean([len(set(a) - set(b)) for a, b in zip(keep.tolist(), single.tolist())]) > 10
@@ -534,7 +547,7 @@ def test_the_same_generator_makes_the_same_mask_also_under_autocast_and_another_
 
 
 @pytest.mark.parametrize("mask, ratio, options, says", [
-    ("dropout", (0.5,), {}, "none, random, cluster, attentive, pgs"), ("random", (1.0,), {}, "--ratio"),
+    ("dropout", (0.5,), {}, "none, random, center, cluster, attentive, pgs"), ("random", (1.0,), {}, "--ratio"),
     ("random", (0.6, 0.5), {}, "--ratio"), ("random", (), {}, "--ratio"),
     ("attentive", (0.5,), dict(attention=None), "EMA")])
 def test_what_no_mask_can_be_made_of_is_refused(mask, ratio, options, says):
@@ -674,16 +687,18 @@ def class_attention_by_brute_force(visual, images):
 
 
 def test_class_attention_is_the_class_token_s_row_of_all_attention_maps():
-    visual, images = random_clip(tiny()).visual, noise_images(3)
-    expected = class_attention_by_brute_force(visual, images)
-    assert clip_pgs.class_attention(visual, images).double().allclose(expected, atol=1e-6)
+    clip, images = random_clip(tiny()), noise_images(3)
+    visual, expected = clip.visual, class_attention_by_brute_force(clip.visual, images)
+    attention, token = clip_pgs.class_attention(visual, images)
+    assert attention.double().allclose(expected, atol=1e-6)
+    assert (token @ visual.proj).allclose(clip.encode_image(images), atol=1e-5)
 
 
 def test_class_attention_at_half_the_size_is_stretched_over_all_patches():
     visual, images = random_clip(tiny()).visual, noise_images(3)
     half = F.interpolate(images, (8, 8), mode="bilinear", antialias=True)
     expected = F.interpolate(class_attention_by_brute_force(visual, half).view(3, 1, 2, 2), (4, 4), mode="bilinear")
-    assert clip_pgs.class_attention(visual, images, size=8).double().allclose(expected.flatten(1), atol=1e-6)
+    assert clip_pgs.class_attention(visual, images, size=8)[0].double().allclose(expected.flatten(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("progress, share", [(0, 0.004), (0.5, 0.002), (1, 0)])
@@ -731,11 +746,66 @@ def test_identical_features_cost_log_batch_size():
 
 
 # -----------------------------------------------------------------------------
+# Two views.
+
+def test_nt_xent_equals_a_loop_and_sees_both_views():
+    a, b = features()
+    z = [x / x.norm() for x in (*a, *b)]
+    total = 0.0
+    for i in range(12):
+        scores = {j: math.exp((z[i] @ z[j]).item() / 0.1) for j in range(12) if j != i}
+        total -= math.log(scores[(i + 6) % 12] / sum(scores.values()))
+    assert clip_pgs.nt_xent(a, b).item() == pytest.approx(total / 12, abs=1e-12)
+    assert clip_pgs.nt_xent(a, b.flip(0)).item() != pytest.approx(total / 12, abs=1e-3)
+    assert torch.autograd.gradcheck(clip_pgs.nt_xent, (a, b))
+
+
+def test_byol_is_0_for_equal_and_4_for_opposite_vectors_and_teaches_one_side_only():
+    a, b = features()
+    assert clip_pgs.byol(a, 3 * a).item() == pytest.approx(0, abs=1e-9)
+    assert clip_pgs.byol(a, -a).item() == pytest.approx(4) and clip_pgs.byol(a, b).item() == pytest.approx(
+        np.mean([2 - 2 * (x @ y / x.norm() / y.norm()).item() for x, y in zip(a, b)]))
+    clip_pgs.byol(a, b).backward()
+    assert a.grad.abs().sum() > 0 and b.grad is None
+
+
+def test_attention_cut_by_a_box_of_whole_patches_is_a_slice_and_by_the_whole_box_itself():
+    attention = torch.rand(2, 64, generator=seeded())
+    whole, part = torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
+    assert clip_pgs.cut_attention(attention, whole, 8).allclose(attention, atol=1e-6)
+    assert clip_pgs.cut_attention(attention, part, 4).allclose(attention.view(2, 8, 8)[:, 4:, 2:6].flatten(1), atol=1e-6)
+
+
+def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path):
+    x, y = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))  # a pixel's colour says where it was
+    members = [("0.png", encoded(image)), ("0.txt", b"coordinates")]
+    made = batches(tmp_path, members, order=((0,),), size=32, scale=(0.3, 0.5), views=2, whole=True)
+    plain = pytest.MonkeyPatch()
+    plain.setattr(data, "augment", lambda view, rng: view)
+    images, boxes, *_ = made[0]
+    plain.undo()
+    assert images.shape == (3, 1, 3, 32, 32) and boxes.shape == (2, 1, 4) and not images[0].equal(images[1])
+    assert not images[:2].equal(made[0][0][:2]) and images[2].equal(made[0][0][2])      # the whole is not changed
+    low, high = (pick(images[2, 0, :2].double().flatten(1), dim=1) for pick in (torch.amin, torch.amax))
+    for view, box in zip(images[:2, 0, :2].double(), boxes[:, 0].double()):
+        seen = torch.cat([view.flatten(1).amin(1), view.flatten(1).amax(1)])
+        assert (seen - (low.repeat(2) + box * (high - low).repeat(2))).abs().max() < 5
+
+
+def test_two_views_cost_the_mean_of_both_and_the_heads_add_the_contrast():
+    base = one_step(tiny(mask="random", views=2))[0]
+    both, one, other = (one_step(tiny(mask="random", views=2, contrast=contrast))[0]
+                        for contrast in (("simclr", "byol"), ("simclr",), ("byol",)))
+    assert one > base and other > base and both > max(one, other)
+
+
+# -----------------------------------------------------------------------------
 # Optimizer and schedule.
 
 def test_only_matrices_decay():
     clip = CLIP(tiny())
-    decay, rest = clip_pgs.make_optimizer(clip, tiny(weight_decay=0.2)).param_groups
+    decay, rest = clip_pgs.make_optimizer(tiny(weight_decay=0.2), clip).param_groups
     assert decay["weight_decay"] == 0.2 and rest["weight_decay"] == 0
     assert {p.ndim for p in decay["params"]} == {2, 4} and {p.ndim for p in rest["params"]} == {0, 1}
     assert len(decay["params"]) + len(rest["params"]) == len(list(clip.parameters()))
@@ -755,27 +825,34 @@ def test_warm_up_takes_at_most_a_fifth_of_a_run():
 # -----------------------------------------------------------------------------
 # One step, in one pass or many, on one rank or two.
 
+BOXES = torch.tensor([[0.0, 0.0, 1.0, 0.7], [0.2, 0.1, 1.0, 1.0]])
+
+
 def one_step(config):
     """(1 + P,) loss and gradients of a step on 8 pairs, one of them not decoded, shared out among the ranks."""
     rank, world_size = clip_pgs.ranks()
     clip = random_clip(config)
-    model = DistributedDataParallel(clip) if world_size > 1 else clip
-    images = torch.randint(256, (8, 3, 16, 16), generator=seeded(), dtype=torch.uint8).chunk(world_size)[rank]
-    tokens, decoded = random_tokens(8).chunk(world_size)[rank], (torch.arange(8) != 5).chunk(world_size)[rank]
+    heads = clip_pgs.Heads(config) if config.contrast else None
+    model, V = DistributedDataParallel(clip) if world_size > 1 else clip, config.views
+    images = torch.randint(256, (V + (V > 1), 8, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
+    images, boxes = (x.chunk(world_size, dim=1)[rank] for x in (images, BOXES[:V, None].expand(-1, 8, -1)))
+    tokens, decoded = (x.chunk(world_size)[rank] for x in (random_tokens(8), torch.arange(8) != 5))
     noise = clip_pgs.step_noise(config, 3, 8, CPU)
-    keep, valid = clip_pgs.batch_masks(config, clip.visual, clip.visual, images, noise, 0.5)
-    loss = clip_pgs.gradients(config, model, images, tokens, keep, valid, decoded)
+    attention, taught = clip_pgs.teach(config, clip.visual, images, boxes)
+    keep, valid = clip_pgs.batch_masks(config, clip.visual, attention, images[:V], noise, 0.5)
+    loss = clip_pgs.gradients(config, model, heads, images[:V], tokens, keep, valid, decoded, taught)
+    parameters = [*clip.parameters(), *(heads.parameters() if heads else ())]
     mean = clip_pgs.mean_over_ranks(CPU, [loss]).float()
-    return torch.cat([mean, *(p.grad.flatten() for p in clip.parameters())])
+    return torch.cat([mean, *(p.grad.flatten() for p in parameters if p.requires_grad)])
 
 
-RANGE = tiny(mask="pgs", ratio=(0.25, 0.75))
+FULL = dict(mask="attentive", views=2, contrast=("simclr", "byol"))   # A-CLIP
+RANGE = dict(mask="pgs", ratio=(0.25, 0.75))
 
 
-@pytest.mark.parametrize("mask, ratio", [("none", (0.5,)), ("attentive", (0.25, 0.75)), ("pgs", (0.5,)),
-                                         ("pgs", (0.25, 0.75))])
-def test_many_small_passes_make_the_gradients_of_one_large_batch(mask, ratio):
-    whole, parts = (one_step(tiny(mask=mask, ratio=ratio, accum=accum)) for accum in (1, 4))
+@pytest.mark.parametrize("changes", [dict(mask="none"), dict(mask="pgs"), dict(mask="pgs", ratio=(0.25, 0.75)), FULL])
+def test_many_small_passes_make_the_gradients_of_one_large_batch(changes):
+    whole, parts = (one_step(tiny(accum=accum, **changes)) for accum in (1, 4))
     assert whole[1:].abs().max() > 0.1 and parts.allclose(whole, rtol=0, atol=1e-5)
 
 
@@ -784,8 +861,8 @@ def work_of_a_rank(rank, folder):
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    steps = [one_step(RANGE), one_step(tiny(mask="pgs", ratio=(0.25, 0.75), accum=2))]
-    noise = clip_pgs.step_noise(RANGE, 3, 8, CPU)
+    steps = [one_step(tiny(accum=accum, **changes)) for changes in (RANGE, FULL) for accum in (1, 2)]
+    noise = clip_pgs.step_noise(tiny(**RANGE), 3, 8, CPU)
     for out, more in (("two", ("--batch-size", 4)), ("resumed", ("--batch-size", 2, "--accum", 2, "--resume",
                                                                    f"{folder}/one/epoch_1.pt"))):
         clip_pgs.train(*clip_pgs.parse(options(folder, *more, "--out", f"{folder}/{out}")), CPU)
@@ -805,18 +882,18 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("accum", [1, 2])
-def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, accum):
-    expected = one_step(RANGE)
+@pytest.mark.parametrize("number", range(4), ids=["range", "range, accum 2", "A-CLIP", "A-CLIP, accum 2"])
+def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, number):
+    expected = one_step(tiny(**(RANGE, FULL)[number // 2]))
     for rank in (0, 1):
         steps, _ = torch.load(two_ranks / f"rank_{rank}.pt")
-        assert steps[accum - 1].allclose(expected, rtol=0, atol=1e-5)
+        assert steps[number].allclose(expected, rtol=0, atol=1e-5)
 
 
 def test_two_ranks_never_draw_the_same_masks(two_ranks):
     (_, first), (_, second) = (torch.load(two_ranks / f"rank_{rank}.pt") for rank in (0, 1))
-    assert torch.cat([first, second]).equal(clip_pgs.step_noise(RANGE, 3, 8, CPU))
-    assert len(torch.cat([first, second]).unique(dim=0)) == 8
+    assert torch.cat([first, second], dim=1).equal(clip_pgs.step_noise(tiny(**RANGE), 3, 8, CPU))
+    assert len(torch.cat([first, second], dim=1)[0].unique(dim=0)) == 8
 
 
 def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two_ranks):
@@ -834,10 +911,11 @@ def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch,
     # The meta device does not know autocast.
     monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())
     with torch.device("meta"):  # where no tensor has a value: to read one is an error
-        clip, noise = CLIP(tiny()), torch.empty(4, 17)
-    images, decoded = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
+        clip, noise = CLIP(tiny()), torch.empty(1, 4, 17)
+    images, decoded = torch.zeros(1, 4, 3, 16, 16, dtype=torch.uint8), torch.ones(4, dtype=torch.bool)
     optimizer, ema = torch.optim.SGD(clip.parameters()), copy.deepcopy(clip.visual)
-    numbers, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, images, random_tokens(4), decoded, noise, 0.5)
+    numbers, _, _ = clip_pgs.train_step(tiny(mask=mask), clip, optimizer, ema, None, images, torch.zeros(1, 4, 4),
+                                        random_tokens(4), decoded, noise, 0.5)
     assert numbers["loss"].is_meta
 
 
@@ -907,9 +985,10 @@ def test_the_same_seed_gives_the_same_losses_to_the_last_digit_with_any_number_o
     assert without_speed(train("--seed", 2, out="other")) != without_speed(first)
 
 
-@each_mask
-def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp_path, mask):
-    whole = train("--mask", mask, "--keep-epochs", "--ratio", 0.3, 0.5)
+@pytest.mark.parametrize("more", [("--mask", "pgs"), ("--mask", "attentive"), ("--mask", "random", "--text-tokens", 4),
+                                  ("--mask", "attentive", "--views", 2, "--contrast", "simclr", "byol")])
+def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp_path, more):
+    whole = train(*more, "--keep-epochs", "--ratio", 0.3, 0.5)
     command("--resume", tmp_path / "out" / "epoch_1.pt", "--out", tmp_path / "rest")   # with the options of its run
     assert without_speed(read_log(tmp_path / "rest")) == without_speed(whole)[5:]
 
@@ -925,8 +1004,10 @@ def test_training_learns_its_pairs_by_heart(train):
     assert np.mean([record["loss"] for record in log[-5:]]) < 1         # chance: log(8) = 2.1
 
 
-def test_the_last_epochs_can_see_whole_images(train):
+def test_the_last_epochs_can_see_whole_images_but_no_more_than_half_of_the_run(train, capsys):
     assert [record["kept"] for record in train("--unmasked-epochs", 0.6)] == [0.5] * 7 + [1.0] * 3
+    assert [record["kept"] for record in train("--unmasked-epochs", 9, "--steps", 5, out="five")] == [0.5] * 3 + [1.0] * 2
+    assert "3 with mask pgs, 8 of 16 patches removed, 2 on whole images" in capsys.readouterr().out
 
 
 def change_checkpoint(path, name, value):
@@ -977,13 +1058,108 @@ def test_broken_samples_are_counted_and_reported_once(train, tmp_path, capsys):
     assert printed.count("2 of 40 samples skipped") == printed.count("       2  cannot identify image file") == 1
 
 
-def test_too_many_broken_samples_stop_the_run_with_their_causes(train, tmp_path):
+def test_too_many_broken_samples_stop_the_run_before_a_checkpoint(train, tmp_path):
     draw_shards(tmp_path, broken=range(20))
     with pytest.raises(SystemExit) as stop:
         train("--epochs", 1)
     for part in ("--max-bad 0.1", "20 of 40 samples", "20  cannot identify image file"):
         assert part in stop.value.code
     assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_batch_without_a_pair_is_an_error_and_not_a_step(train, tmp_path):
+    for shard in (0, 1):
+        write_shard(tmp_path / f"{shard}.tar", [(f"{i}.{kind}", raw) for i in range(20)
+                                                for kind, raw in (("png", noise_image(i)), ("json", b"{}"))])
+    with pytest.raises(SystemExit, match="8 of 8 samples skipped[^$]*8  no caption in the json"):
+        train("--max-bad", 1)
+    assert not (tmp_path / "out" / "ckpt.pt").exists() and read_log(tmp_path / "out") == []
+
+
+def test_a_shard_that_is_cut_while_training_stops_the_run_with_its_name(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Batches, "__getitem__", lambda batches, number, read=data.Batches.__getitem__: (
+        number == 3 and os.truncate(tmp_path / "1.tar", 3000), read(batches, number))[1])
+    with pytest.raises(SystemExit, match="^error: [^\n]*1.tar: ends before byte[^\n]*$"):
+        train("--save-every", 1)
+    assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 3
+
+
+def test_a_fresh_start_never_overwrites_a_run(train, tmp_path):
+    train("--steps", 3, "--mask", "random")
+    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    for more in ((), ("--resume", tmp_path / "other" / "ckpt.pt")):
+        train("--steps", 1, "--resume", out="other")
+        with pytest.raises(SystemExit, match=r"holds a run \(mask random, step 3\)[^\n]*--resume[^\n]*--out"):
+            train(*more)
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+
+
+def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path):
+    train("--steps", 3)
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        second = started(tmp_path, "--out", tmp_path / "out", "--resume")
+        _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1 and "another process trains there" in errors and "Traceback" not in errors
+
+
+def test_damaged_lines_of_a_log_are_dropped_with_a_warning(train, tmp_path, capsys):
+    train("--epochs", 1)
+    with open(tmp_path / "out" / "log.jsonl", "a") as log:
+        log.write("\0\0\0\n\n{}\n3\n")
+    assert len(train("--epochs", 2, "--resume")) == 10 and "4 damaged lines dropped" in capsys.readouterr().out
+
+
+def test_a_folder_that_fails_is_named_and_does_not_end_the_training(train, tmp_path, capsys):
+    samples = labelled(3)
+    samples[1]["jpg"] = samples[1]["jpg"][:400]
+    good, bad = make_folder(tmp_path / "good", labelled(3)), make_folder(tmp_path / "bad", samples)
+    with pytest.raises(SystemExit) as stop:
+        train("--val", bad, good)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 1 and len(losses(tmp_path / "out")) == 10
+    assert f"| {bad}" in printed and "001.jpg does not decode" in printed and "wrote" in printed
+
+
+def test_init_starts_from_weights_with_a_new_optimizer_and_another_image_size(train, tmp_path):
+    train("--steps", 3)
+    command("--data", tmp_path / "*.tar", "--init", tmp_path / "out" / "ckpt.pt", "--image-size", 32, "--batch-size", 8,
+            "--lr", 0, "--steps", 2, "--workers", 0, "--out", tmp_path / "fine")
+    old, new = (torch.load(tmp_path / name / "ckpt.pt") for name in ("out", "fine"))
+    assert new["step"] == 2 and new["merges"] == old["merges"] and new["config"]["patch_size"] == 4
+    expected = clip_pgs.resize_positions(old["model"]["visual.positional_embedding"][1:], 64)
+    assert new["model"]["visual.positional_embedding"][1:].equal(expected)
+    assert all(new["model"][name].equal(x) for name, x in old["model"].items()
+               if name not in ("visual.positional_embedding", "logit_scale"))
+
+
+def test_positions_are_stretched_as_an_image_would_be():
+    grid = torch.randn(1, 8, 4, 4, generator=seeded())
+    expected = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2)[0].T
+    assert clip_pgs.resize_positions(grid.flatten(2)[0].T, 36).equal(expected)
+    assert clip_pgs.resize_positions(grid.flatten(2)[0].T, 16).equal(grid.flatten(2)[0].T)
+
+
+def test_grad_clip_limits_the_norm_of_the_gradient_and_counts_what_it_was():
+    config, clip = tiny(mask="none", grad_clip=0.01), random_clip(tiny())
+    before, optimizer = [p.detach().clone() for p in clip.parameters()], torch.optim.SGD(clip.parameters(), lr=1.0)
+    images = torch.randint(256, (1, 4, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
+    numbers, _, _ = clip_pgs.train_step(config, clip, optimizer, None, None, images, torch.zeros(1, 4, 4),
+                                        random_tokens(4), torch.ones(4, dtype=torch.bool), None, 0.0)
+    moved = torch.cat([(p - old).flatten() for p, old in zip(clip.parameters(), before)]).norm()
+    assert moved.item() == pytest.approx(0.01, rel=1e-3) and numbers["grad_norm"] > 0.1
+
+
+def test_bf16_on_a_cpu_is_near_fp32(train):
+    fp32, bf16 = train(), train("--precision", "bf16", out="bf16")
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(fp32, bf16)]
+    assert 0 < max(differences) < 0.05
+
+
+def test_slurm_tasks_without_torchrun_are_told_to_use_it(train, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(SystemExit, match="SLURM_NTASKS[^\n]*torchrun"):
+        train()
 
 
 def started(folder, *more):
@@ -1069,7 +1245,7 @@ def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, mode):
     command("--show-masks", name, name, "--model", "128x2-64x2-16", "--image-size", 16, "--patch-size", 4, "--out",
             tmp_path / "out")
     sheet = Image.open(tmp_path / "out" / "masks.png")
-    assert sheet.size == (7 * 176, 2 * 191)  # photograph, edges, attention, four masks, a line of text below; two rows
+    assert sheet.size == (8 * 176, 2 * 191)  # photograph, edges, attention, five masks, a line of text below; two rows
 
 
 def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
@@ -1315,7 +1491,7 @@ def test_transparent_parts_lie_on_white_in_training(mode):
         options = dict(transparency=(255, 0, 0) if mode == "RGB" else 1)
         image.putpalette([0, 0, 0, 255, 0, 0]) if mode == "P" else None
     image = data.decode_image(encoded(image if mode in ("P", "RGB") else image.convert(mode), **options))
-    pixels = data.crop(image, np.array([0, 0, 8, 8]), 8).float()
+    pixels = data.crops(image, np.array([[0, 0, 8, 8]]), 8)[0].float()
     assert pixels[:, :, :3].min() > 250 and pixels[:, :, 5:].max() < 5
 
 
@@ -1328,7 +1504,7 @@ def sideways(picture, orientation=6):
 
 def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not(tmp_path):
     upright, raw = two_colours(16, 8), sideways(two_colours(16, 8))
-    seen = data.crop(data.upright(data.open_image(raw)), np.array([0, 0, 16, 16]), 16)
+    seen = data.crops(data.upright(data.open_image(raw)), np.array([[0, 0, 16, 16]]), 16)[0]
     assert (seen.permute(1, 2, 0).numpy() == np.asarray(upright)).all()
     (tmp_path / "photo.png").write_bytes(raw)
     assert evaluate.open_photo(str(tmp_path / "photo.png"), 16).equal(seen)
@@ -1341,7 +1517,7 @@ def test_random_crops_have_the_area_and_shape_that_was_asked_for():
     areas = []
     for seed in range(200):
         box = data.random_box(256, 256, (0.3, 0.8), np.random.default_rng(seed))
-        crop = data.crop(image, box, 32).double()
+        crop = data.crops(image, box[None], 32)[0].double()
         w, h = ((crop[c].max() - crop[c].min()).item() * 32 / 31 for c in (0, 1))
         areas.append(w * h / 256 ** 2)
         assert 3 / 4 - 0.05 < w / h < 4 / 3 + 0.05 and crop.shape == (3, 32, 32)
@@ -1350,13 +1526,13 @@ def test_random_crops_have_the_area_and_shape_that_was_asked_for():
 
 def test_the_whole_of_a_square_picture_is_just_resized():
     expected = np.asarray(picture(64).resize((32, 32), Image.Resampling.BICUBIC), np.int64).transpose(2, 0, 1)
-    crop = data.crop(picture(64), data.random_box(64, 64, (1, 1), np.random.default_rng(0)), 32)
+    crop = data.crops(picture(64), data.random_box(64, 64, (1, 1), np.random.default_rng(0))[None], 32)[0]
     assert np.abs(crop.numpy() - expected).max() <= 2 and (crop.numpy() == expected).mean() > 0.8
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (1, 1), (300, 20)])
 def test_a_picture_too_long_for_a_crop_gives_its_middle(size):
-    crop = data.crop(Image.new("L", size, 7), data.random_box(*size, (0.9, 1), np.random.default_rng(0)), 16)
+    crop = data.crops(Image.new("L", size, 7), data.random_box(*size, (0.9, 1), np.random.default_rng(0))[None], 16)[0]
     assert crop.shape == (3, 16, 16) and crop.eq(7).all()
 
 
@@ -1365,7 +1541,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(size):
     raw = encoded(Image.effect_noise((16, 16), 90).resize(size, Image.Resampling.BICUBIC), "JPEG")
     for seed in range(5):  # parts of the picture: a box of the wrong scale would be another part
         box, part = data.random_box(*size, (0.3, 0.5), np.random.default_rng(seed)), data.open_image(raw)
-        crops = [data.crop(image, box, 64).double() for image in (part, data.decode_image(raw))]
+        crops = [data.crops(image, box[None], 64).double() for image in (part, data.decode_image(raw))]
         assert part.width <= size[0] / 1.9 and (crops[0] - crops[1]).square().mean().sqrt() < 4
 
 
@@ -1478,27 +1654,27 @@ def test_every_string_has_tokens(caption):
 # -----------------------------------------------------------------------------
 # data.py: batches.
 
-def batches(folder, members=(), order=((3, 0), (1, 2)), size=16, seed=(0, 0)):
+def batches(folder, members=(), order=((3, 0), (1, 2)), size=16, seed=(0, 0), scale=(0.9, 1.0), **more):
     shard = write_shard(folder / "0.tar", members or pairs(range(4)))
     index, _ = data.build_index([shard])
-    return data.Batches([shard], index, np.array(order), data.Tokenizer("", 40), size, (0.9, 1.0), seed)
+    return data.Batches([shard], index, np.array(order), data.Tokenizer("", 40), size, scale, seed, **more)
 
 
 def test_a_batch_holds_the_images_and_captions_of_its_samples(tmp_path):
-    images, tokens, decoded, lost, fault = batches(tmp_path)[1]
-    assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8 and decoded.all() and (lost, fault) == ([], "")
+    images, _, tokens, decoded, lost, fault = batches(tmp_path)[1]
+    assert images.shape == (1, 2, 3, 16, 16) and images.dtype == torch.uint8 and decoded.all() and (lost, fault) == ([], "")
     assert tokens.equal(data.Tokenizer("", 40).encode([caption_of(1), caption_of(2)]))
 
 
 def test_a_sample_has_the_same_crop_in_any_batch_and_another_in_another_epoch(tmp_path):
     first = batches(tmp_path, order=((0, 1, 2),))[0][0]
-    assert batches(tmp_path, order=((3, 2), (2, 0)))[1][0].equal(first[[2, 0]])
+    assert batches(tmp_path, order=((3, 2), (2, 0)))[1][0].equal(first[:, [2, 0]])
     assert not batches(tmp_path, order=((0, 1, 2),), seed=(0, 1))[0][0].equal(first)
 
 
 def test_a_sample_that_does_not_decode_is_black_and_counted(tmp_path):
-    images, _, decoded, lost, _ = batches(tmp_path, pairs(range(4), broken=[0]))[0]
-    assert decoded.tolist() == [True, False] and images[1].eq(0).all() and images[0].any()
+    images, _, _, decoded, lost, _ = batches(tmp_path, pairs(range(4), broken=[0]))[0]
+    assert decoded.tolist() == [True, False] and images[0, 1].eq(0).all() and images[0, 0].any()
     assert lost == ["cannot identify image file"]
 
 
@@ -1514,9 +1690,36 @@ def test_of_several_captions_each_epoch_draws_one(tmp_path, name, raw):
     members = [("0.png", noise_image()), (f"0.{name}", raw.encode())]
     tokenizer, drawn = data.Tokenizer("", 40), []
     for epoch in [*range(30), *range(30)]:
-        tokens = batches(tmp_path, members, order=((0,),), seed=(0, epoch))[0][1]
+        tokens = batches(tmp_path, members, order=((0,),), seed=(0, epoch))[0][2]
         drawn.append(next(word for word in ("one", "two", "three") if tokens.equal(tokenizer.encode([word]))))
     assert set(drawn) == {"one", "two", "three"} and drawn[:30] == drawn[30:]
+
+
+CHANCES = {"a": 0.999, "of": 0.99, "red": 0.6, "cat": 0.3}
+
+
+def test_long_captions_lose_the_words_with_the_lowest_noise_minus_chance(tmp_path):
+    rng, words = np.random.default_rng(0), ["a", "red", "cat", "of", "unseen", "cats", "a", "of"]
+    made = batches(tmp_path, text_tokens=9, chances=CHANCES, masked=1)
+    for seed in range(10):
+        chosen = [str(word) for word in rng.choice(words, rng.integers(1, 9))]
+        noise = np.random.default_rng(seed).random(len(chosen))
+        kept = list(range(len(chosen)))
+        while sum(len(chosen[i]) for i in kept) > 9:                    # without merges, a letter is a token
+            kept.remove(min(kept, key=lambda i: noise[i] - CHANCES.get(chosen[i], 1.0)))
+        assert made.shorten(chosen, np.random.default_rng(seed)) == [chosen[i] for i in kept]
+
+
+def test_a_word_s_chance_to_go_follows_from_its_share():
+    captions = ["a cat"] * 6 + ["a dog"] * 4
+    chances = data.word_chances(captions, threshold=0.04)
+    assert chances == pytest.approx({"a": 1 - math.sqrt(0.04 / 0.5), "cat": 1 - math.sqrt(0.04 / 0.3)})
+
+
+def test_words_are_masked_in_the_masked_batches_alone_and_crops_stay_as_they_were(tmp_path):
+    whole, made = batches(tmp_path), batches(tmp_path, text_tokens=8, chances=CHANCES, masked=1)
+    assert (made[0][2] > 0).sum(1).max() <= 10 < (whole[0][2] > 0).sum(1).min() and made[0][0].equal(whole[0][0])
+    assert made[1][2].equal(whole[1][2])
 
 
 @pytest.mark.parametrize("name, raw", [
