@@ -275,13 +275,16 @@ def block_mean(x, rows, columns):
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 
-def remove(score, ratio, noise, share=None):
+def remove(score, ratio, noise, share=None, counted=None):
     """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
-    The number removed is the number of scores above 0.5, clamped to the range `ratio`; with share (B,) in [0, 1)
-    it lies that far between the ends of the range. Of equal scores those with the highest noise (B, L) go first."""
+    The number removed is the number of scores above 0.5, or of those `counted` (B, L), clamped to the range `ratio`;
+    with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those with the highest
+    noise (B, L) go first."""
     L = score.shape[1]
     low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
-    count = (score > 0.5).sum(1).clamp(low, high) if share is None else low + (share * (high - low + 1)).long()
+    count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
+    if share is not None:
+        count = low + (share * (high - low + 1)).long()
     order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise parts equal scores
     rank = order.argsort(1)                                                    # (B, L) 0: the first to go
     removed = (rank < count[:, None]).byte()
@@ -298,8 +301,8 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image; then K is the most that any image keeps, and valid slots come
-    first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and pgs
+    (low, high) with the number chosen per image (cluster and pgs: by its pixels); then K is the most that any image
+    keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and pgs
     compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`. attentive
     needs attention (B, L), see `class_attention`. pgs can do without edges or transport, the paper's ablation.
     An image's mask does not depend on the other images of its batch. ValueError for an unknown name or ratio."""
@@ -326,12 +329,18 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             # above 0.5 where a block gets less than its even share of the class token's attention.
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
-        similarity = patch_similarity(images, patch_size, embeddings, alpha)
-        if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: similar to the nearest of a few anchors
-            anchors = noise.topk(max(1, round(ANCHORS * L))).indices           # (B, A)
-            return remove(pgs_score(similarity, anchors, transport=False), ratio, noise)
-        strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
-        return remove(pgs_score(similarity, pgs_candidates(strength, noise), transport), ratio, noise)
+        if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
+            chosen, transport = noise.topk(max(1, round(ANCHORS * L))).indices, False      # (B, C)
+        else:
+            strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
+            chosen = pgs_candidates(strength, noise)
+        score = pgs_score(patch_similarity(images, patch_size, embeddings, alpha), chosen, transport)
+        # With a range, pixels alone decide how many patches go: trained embeddings are so alike that nearly every
+        # image would go to the end of the range.
+        counted = score
+        if len(ratio) == 2 and embeddings is not None and alpha > 0:
+            counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
+        return remove(score, ratio, noise, counted=counted)
 
 
 # -----------------------------------------------------------------------------
