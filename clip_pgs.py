@@ -1145,7 +1145,7 @@ def parse(arguments):
 
 
 def main():
-    """Entry point: one process, or one per rank under torchrun."""
+    """Entry point, for one process or one per rank under torchrun: what went wrong, a message or a code, or None."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -1172,18 +1172,31 @@ def main():
         fault = stop.code
     except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         fault, patience = f"error: {data.message(error)}", min(rank, 1)
-    except Exception:  # a bug, or the end of the connection to a rank that has failed
+    except Exception as error:  # a worker's end, a bug, or the end of the connection to a rank that has failed
         fault, patience = traceback.format_exc(), 5
-    if world_size == 1:
-        sys.exit(fault)
-    # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost the
-    # connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for their end.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(patience if fault else 0)
-    print(fault if isinstance(fault, str) else "", file=sys.stderr, end="\n" * isinstance(fault, str))
+        for sign, what in (("shared memory", "too little shared memory for the workers: pass --workers 0, or give a "
+                            "container more by docker's --shm-size"),
+                           ("DataLoader worker", "a worker was killed, perhaps for lack of memory: pass fewer --workers")):
+            if sign in str(error):
+                fault, patience = f"error: {what}", 0
+                break
+    if world_size > 1 and fault:
+        # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost the
+        # connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for their end.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(patience)
+    return fault
+
+
+def leave(fault):
+    """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore SIGTERM; it
+    can hang in NCCL, and gloo's threads can abort the process."""
+    if isinstance(fault, str):
+        print(fault, file=sys.stderr)
     sys.stdout.flush()
-    os._exit(1 if fault else 0)  # a normal exit can hang in NCCL, and gloo's threads can abort the process
+    sys.stderr.flush()
+    os._exit(1 if fault else 0)
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

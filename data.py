@@ -122,7 +122,7 @@ def tar_members(path):
             raise  # the disk's fault
         except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
             what = "truncated" if at >= 0 and "end of data" in str(error) else what_it_is(path)
-            raise ValueError(f"{path}: {what} ({error})") from None
+            raise ValueError(f"{path}: {what}") from None
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         file.seek(end)
         block = file.read(512)
@@ -135,7 +135,7 @@ def tar_members(path):
             block = file.read(1 << 20)
 
 
-def what_it_is(path):
+def what_it_is(path, otherwise="not a tar"):
     """What a file that should be something else seems to be, by its first bytes."""
     with open(path, "rb") as file:
         head = file.read(64)
@@ -144,7 +144,7 @@ def what_it_is(path):
                         (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`")):
         if head.startswith(magic):
             return what
-    return "not a tar" if head else "empty file, not a tar"
+    return otherwise if head else f"empty file, {otherwise}"
 
 
 def tar_samples(path):
@@ -288,7 +288,9 @@ def read_bytes(path, offset, size):
 # Images: bytes to pixels.
 
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the extension says
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first; open_image has ours
+Image.init()  # fills Image.OPEN
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
 
 @contextmanager
@@ -606,7 +608,11 @@ class Batches(torch.utils.data.Dataset):
                 lost.append(str(error))
             except OSError as error:
                 fault = message(error)
-        return images, boxes, self.tokenizer.encode_words(words), decoded, lost, fault
+        batch = images, boxes, self.tokenizer.encode_words(words), decoded
+        if torch.utils.data.get_worker_info():  # in a worker: if there is too little shared memory, the error reaches the
+            for x in batch:                     # training loop from here, but not from the thread that sends the batch
+                x.share_memory_()
+        return *batch, lost, fault
 
     def shorten(self, words, rng):
         """Without the words that are the first to go, until the rest has at most text_tokens tokens; CLIPF, Liang and

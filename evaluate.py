@@ -459,24 +459,46 @@ def draw_mistakes(path, folder, scores, labels):
 # Weights. A checkpoint made here knows its size and its tokenizer; of any other file, the tensors' shapes tell the size.
 
 
+# Plain numbers that NumPy wraps: other programs store them beside the tensors.
+NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efdilbB?"), (np.float64(0).__reduce__()[0],
+           "numpy.core.multiarray.scalar"), (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar")]
+
+
 def read_checkpoint(path):
     """The dict inside a checkpoint file, tensors on the CPU. ValueError with one line if it is missing, damaged, or
     would run code. OpenAI's files are archives of TorchScript, which has its own way to load."""
     try:
-        with warnings.catch_warnings():
+        if os.path.splitext(path)[1] == ".safetensors":
+            return read_safetensors(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
             warnings.simplefilter("ignore")  # torch prints a warning before it rejects a file; ours follows
             names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
             if any(name.endswith("/constants.pkl") for name in names):
                 return dict(torch.jit.load(path, map_location="cpu").state_dict())
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected a file of weights") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        raise ValueError(f"{path}: refused ({type(error).__name__}): damaged, no checkpoint, or one that holds more "
-                         "than tensors and plain values and could run code") from None
+        what = data.what_it_is(path, "damaged, no checkpoint, or one that could run code when loaded")
+        raise ValueError(f"{path}: refused ({type(error).__name__}): {what}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
     return state
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the length of a header, the header in json, the tensors' bytes."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    with open(path, "rb") as file:
+        raw = bytearray(file.read())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, tensors = json.loads(raw[8:start]), {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            tensors[name] = torch.frombuffer(raw[start + first:start + last], dtype=types[entry["dtype"]])
+            tensors[name] = tensors[name].reshape(entry["shape"])
+    return tensors
 
 
 def load(path, vocab="", quick_gelu=False):
@@ -489,8 +511,8 @@ def load(path, vocab="", quick_gelu=False):
     checkpoint = read_checkpoint(path)
     ours = {"model", "config", "merges"} <= checkpoint.keys()
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
-    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()
-             if isinstance(tensor, torch.Tensor)}
+    state = {name.removeprefix("module.").replace("_orig_mod.", ""): tensor.float() for name, tensor in state.items()
+             if isinstance(tensor, torch.Tensor)}  # DDP and torch.compile put these parts into names
     # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
     openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
     state = {name: tensor for name, tensor in state.items() if name not in openai}
@@ -498,6 +520,8 @@ def load(path, vocab="", quick_gelu=False):
         known = checkpoint["config"] if ours else infer_config(state)
         config = clip_pgs.Config(**{f.name: known[f.name] for f in fields(clip_pgs.Config) if f.name in known})
         config.quick_gelu |= quick_gelu or bool(openai)
+        if not ours and not config.quick_gelu:
+            print(f"{path}: read with GELU; weights that OpenAI trained need --quick-gelu", file=sys.stderr)
         clip_pgs.check(config)
         with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
             model = clip_pgs.CLIP(config)

@@ -955,10 +955,8 @@ def command(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["clip_pgs.py", *map(str, arguments)])
         try:
-            clip_pgs.main()
-        except SystemExit as stop:
-            if stop.code:
-                raise
+            if fault := clip_pgs.main():
+                raise SystemExit(fault)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
