@@ -710,70 +710,34 @@ def list_samples(path):
 
 
 # -----------------------------------------------------------------------------
-# Demo data. Scenes of one or two coloured shapes on a muted background, drawn rather than downloaded: the
-# background repeats itself and can be masked, the objects cannot. Scene i of a split depends on nothing else.
+# Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the background
+# repeats itself and the objects have detail inside, so there is something for a mask to find. Scene i of a split
+# depends on nothing else.
 
 SCENE_SIZE = 64                       # pixels, both sides
 SPLITS = {"train": 20_000, "seen": 1_000, "unseen": 500, "retrieval": 500}
-
 COLOURS = {"red": (255, 60, 50), "yellow": (255, 235, 40), "green": (50, 220, 70), "cyan": (60, 235, 245),
            "blue": (70, 120, 255), "purple": (180, 80, 255), "pink": (255, 140, 210), "white": (250, 250, 250)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "bar", "ring", "crescent")
+RADII = {"small": (0.24, 0.29), "large": (0.32, 0.38)}  # share of the picture; of half of it for one of two objects
 
-
-def polar(radii, turns):
-    """Points at these radii and angles (in turns), as complex numbers: to rotate is then to multiply."""
-    return np.asarray(radii) * np.exp(2j * np.pi * np.asarray(turns))
-
-
-def of_area_one(outline):
-    """The outline scaled to enclose an area of 1 (shoelace formula), so that sizes mean the same for all."""
-    return outline / math.sqrt(abs((outline.conj() * np.roll(outline, -1)).imag.sum()) / 2)
-
-
-TURNS = np.linspace(0, 1, 48)         # a closed circle, in turns
-CROSS_CORNER, CROSS_ARM = 0.3 * (1 + 1j), 1 + 0.3j
-SHAPES = {name: of_area_one(outline) for name, outline in {
-    "circle": polar(1, TURNS),
-    "square": polar(1, np.array([1, 3, 5, 7]) / 8),
-    "triangle": polar(1, np.array([0, 1, 2]) / 3 - 1/4),                # - 1/4: a tip points up
-    "star": polar([1, 0.42] * 5, np.arange(10) / 10 - 1/4),
-    "cross": np.ravel([1j ** k * np.array([CROSS_CORNER.conjugate(), CROSS_ARM.conjugate(), CROSS_ARM])
-                       for k in range(4)]),
-    "bar": np.array([3 + 1j, -3 + 1j, -3 - 1j, 3 - 1j]),
-    "ring": np.concatenate([polar(1, TURNS), polar(0.6, -TURNS)]),      # out along the rim, back along the hole
-    "crescent": np.concatenate([polar(1, 0.1 + 0.8 * TURNS), polar(0.72, 0.86 - 0.72 * TURNS) + 0.35]),
-}.items()}
-
-# Each colour and each shape misses one partner, the same one always: these pairs are never in a training scene.
-UNSEEN = list(zip(COLOURS, SHAPES))
+# Each colour and each shape misses one partner, always the same one: these pairs are never in a training scene.
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]   # the classes, in label order
+UNSEEN = list(zip(COLOURS, SHAPES))
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
-
-# A small ViT takes far longer to learn shape than colour. Large, bright, nearly upright objects on a dark and calm
-# background, and captions that often say no more than what is there, bring shape within minutes on a CPU.
-SIZES = {"small": (0.18, 0.24), "large": (0.30, 0.40)}                  # share of the picture
-PAIR_SCALE = 0.6                                                        # the same, when there are two objects
-MARGIN = 2                                                              # pixels between objects, at the border
-MAX_TURN = 1/24                                                         # of a full turn, either way
 
 RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
-BACKGROUNDS = {"plain": ("a plain background", "a flat background"),
-               "gradient": ("a gradient", "a smooth gradient"),
-               "noise": ("noise", "a noisy background"),
-               "stripes": ("stripes", "a striped background"),
+BACKGROUNDS = {"plain": ("a plain background", "a flat background"), "gradient": ("a gradient", "a smooth gradient"),
                "blobs": ("soft blobs", "a background of soft blobs")}
 
-# x, y: the objects, r: where x is, seen from y, b: the background.
+# Captions. x, y: the objects; r: where x is, seen from y; b: the background. They often say no more than what is
+# there, because a small model takes far longer to learn shape than colour.
 ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}", "I see {x}",
        "here is {x}", "just {x}", "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {b} there is {x}")
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = FULL + ("{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "there is {x} {r} {y}", "{x} and {y}")
-
-# For the evaluation folders: "red circle", ... and the training wording that leaves the background out.
-CLASSNAMES = [" ".join(pair) for pair in PAIRS]
-TEMPLATES = [template.format(x="a {c}") for template in ONE if "{b}" not in template]
 
 
 def pick(rng, options):
@@ -781,77 +745,64 @@ def pick(rng, options):
     return options[rng.integers(len(options))]
 
 
-Y, X = np.mgrid[-1:1:SCENE_SIZE * 1j, -1:1:SCENE_SIZE * 1j].astype(np.float32)
-
-
 def draw_background(rng, kind):
-    """An RGB image: two muted colours, mixed as the kind says."""
-    angle, phase = rng.uniform(0, 2 * np.pi, 2)
-    ramp = X * np.float32(math.cos(angle)) + Y * np.float32(math.sin(angle))    # rises by 1 in half a picture
-    if kind == "plain":
-        mix = np.full_like(X, rng.random())
-    elif kind == "gradient":
-        mix = 0.5 + 0.35 * ramp
-    elif kind == "noise":
-        mix = rng.random(X.shape, dtype=np.float32)
-    elif kind == "stripes":
-        mix = np.clip(0.5 + np.sin(ramp * np.float32(rng.uniform(10, 24)) + np.float32(phase)), 0, 1)
-    elif kind == "blobs":
-        mix = np.asarray(Image.fromarray(rng.random((5, 5), dtype=np.float32)).resize(X.shape, Image.BICUBIC))
-
+    """(H, W, 3) float: two dark colours, mixed as the kind says."""
+    Y, X = np.mgrid[-1:1:SCENE_SIZE * 1j, -1:1:SCENE_SIZE * 1j].astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    mix = {"plain": lambda: 0 * X + rng.random(), "gradient": lambda: 0.5 + 0.35 * (X * np.cos(angle) + Y * np.sin(angle)),
+           "blobs": lambda: np.asarray(Image.fromarray(rng.random((5, 5), np.float32)).resize(X.shape, Image.BICUBIC))}
     dark = rng.uniform(15, 60) + rng.uniform(-12, 12, 3)
-    light = dark + rng.uniform(15, 30) + rng.uniform(-8, 8, 3)
-    pixels = dark.astype(np.float32) + mix[..., None] * (light - dark).astype(np.float32)      # (H, W, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return dark + mix[kind]()[..., None] * (rng.uniform(15, 30) + rng.uniform(-8, 8, 3))
 
 
-def place_objects(rng, shapes, sizes):
-    """Outlines in pixels, one (points, 2) array a shape, and where the first is, seen from the last.
-    Two objects share no column (left of, right of) or no row (above, below): they never overlap, and the
-    relation is true of every point of theirs. It names the longer of the two ways between their centres."""
-    outlines = []
-    for shape, size in zip(shapes, sizes):
-        area = rng.uniform(*SIZES[size]) * SCENE_SIZE ** 2 * (PAIR_SCALE if len(shapes) == 2 else 1)
-        outline = SHAPES[shape] * polar(math.sqrt(area), rng.uniform(-MAX_TURN, MAX_TURN))
-        outline = np.stack([outline.real, outline.imag], axis=1)
-        outlines.append(outline - outline.min(axis=0))                    # the bounding box starts at 0, 0
-    extents = np.array([outline.max(axis=0) for outline in outlines])     # (objects, 2) width, height
+OUTLINES = {  # corners of the other shapes: angles in degrees, distances from the center
+    "square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
+    "star": (np.arange(10) * 36 - 90, [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
+    "cross": (np.add.outer(np.arange(4) * 90, [-17, 17, 45]).ravel(), [1, 1, 0.42] * 4)}
 
-    scale = min(1, (SCENE_SIZE - 2 * MARGIN) / extents.max())
-    while True:
-        boxes = extents * scale
-        corners = MARGIN + rng.random(boxes.shape) * (SCENE_SIZE - 2 * MARGIN - boxes)
-        way = (corners + boxes / 2)[0] - (corners + boxes / 2)[-1]        # (2,) from the last centre to the first
-        axis = int(abs(way[1]) > abs(way[0]))
-        if len(shapes) == 1 or abs(way[axis]) >= boxes[:, axis].sum() / 2 + MARGIN:
-            break
-        scale *= 0.995      # no room yet: both shrink alike, so that the larger object stays the larger one
 
-    relation = (("left of", "right of"), ("above", "below"))[axis][int(way[axis] > 0)]
-    return [outline * scale + corner for outline, corner in zip(outlines, corners)], relation
+def draw_shape(shape, x, y, r, turn):
+    """(H, W, 1) in [0, 1]: how much of each pixel a shape covers, with its center, radius and turn in degrees."""
+    mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))  # drawn at twice the size for smooth edges
+    draw, x, y, r = ImageDraw.Draw(mask), 2 * x, 2 * y, 2 * r
+
+    def disc(x, r, fill):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+
+    if shape in OUTLINES:
+        angles, radii = OUTLINES[shape]
+        points = r * np.multiply(radii, np.exp(1j * np.radians(np.add(angles, turn)))) + x + 1j * y
+        draw.polygon(np.stack([points.real, points.imag], axis=1).ravel().tolist(), fill=255)
+    else:
+        disc(x, r, 255)
+        if shape == "ring":
+            disc(x, 0.55 * r, 0)
+        elif shape == "crescent":
+            disc(x + 0.5 * r, 0.75 * r, 0)
+    return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
 
 def draw_scene(rng, pairs=None, full=False):
-    """(64x64 RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance.
-    full: the caption leaves nothing out (sizes, relation, background); for two objects only."""
+    """(RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance. Two objects
+    lie in different halves of the picture. full: the caption leaves nothing out (sizes, relation, background)."""
     if pairs is None:
         first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
         pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
-    sizes = [pick(rng, tuple(SIZES)) for _ in pairs]
-    outlines, relation = place_objects(rng, [shape for _, shape in pairs], sizes)
-    kind = pick(rng, tuple(BACKGROUNDS))
-
-    image = draw_background(rng, kind)
-    for (colour, _), outline in zip(pairs, outlines):
-        mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))    # drawn at twice the size for smooth edges
-        points = (2 * outline).ravel().tolist()
-        ImageDraw.Draw(mask).polygon(points, fill=255)
-        ImageDraw.Draw(mask).line(points, fill=255, width=3)  # over the seam where a ring's two contours meet
-        shade = np.clip(COLOURS[colour] + rng.integers(-12, 13, 3), 0, 255)
-        image.paste(tuple(shade.tolist()), mask=mask.reduce(2))
-
-    names = [f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}"
-             for size, (colour, shape) in zip(sizes, pairs)]
+    kind, relation, names = pick(rng, tuple(BACKGROUNDS)), pick(rng, tuple(RELATIONS)), []
+    pixels, side = draw_background(rng, kind), 1 if relation in ("right of", "below") else -1
+    for colour, shape in pairs:
+        size = pick(rng, tuple(RADII))
+        r = SCENE_SIZE * rng.uniform(*RADII[size]) * (0.62 if len(pairs) == 2 else 1)
+        room = SCENE_SIZE / 2 - r - 1                                 # how far the center may be from the middle
+        center = np.array([rng.uniform(-room, room), rng.uniform(-room, room)])
+        if len(pairs) == 2:                                           # in its half: at least r from the middle line
+            center[int(relation in ("above", "below"))] = side * rng.uniform(min(r, room), room)
+            side = -side
+        cover = draw_shape(shape, *(center + SCENE_SIZE / 2), r, rng.uniform(-15, 15))
+        grain = rng.uniform(-60, 60, (SCENE_SIZE, SCENE_SIZE, 1)) + rng.uniform(-15, 15, (SCENE_SIZE, SCENE_SIZE, 3))
+        pixels = pixels + cover * (COLOURS[colour] + grain - pixels)
+        names.append(f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}")
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     template = pick(rng, FULL if full else ONE if len(pairs) == 1 else TWO)
     return image, template.format(x=names[0], y=names[-1], r=pick(rng, RELATIONS[relation]),
                                   b=pick(rng, BACKGROUNDS[kind]))
@@ -860,14 +811,12 @@ def draw_scene(rng, pairs=None, full=False):
 def demo_sample(split, index):
     """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen."""
     # The split is part of the seed, so no two splits share a random stream and no test scene is a training scene.
-    rng = np.random.default_rng([0, list(SPLITS).index(split), index])
-    pairs, label = None, None
+    rng, pairs, label = np.random.default_rng([0, list(SPLITS).index(split), index]), None, None
     if split in ("seen", "unseen"):
-        pairs = [SEEN[index % len(SEEN)] if split == "seen" else UNSEEN[index % len(UNSEEN)]]
+        pairs = [(SEEN if split == "seen" else UNSEEN)[index % len(SEEN if split == "seen" else UNSEEN)]]
         label = PAIRS.index(pairs[0])
     elif split == "retrieval":
         pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
-
     image, caption = draw_scene(rng, pairs, full=split == "retrieval")
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
@@ -880,15 +829,18 @@ def make_demo(folder):
         return
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
-    for split in SPLITS:
-        evaluation, kind = split != "train", "cls" if split in ("seen", "unseen") else "txt"
-        scenes = (demo_sample(split, i) for i in tqdm(range(SPLITS[split]), f"drawing demo/{split}", unit=" scenes"))
+    for split, number in SPLITS.items():
+        kind = {"seen": "cls", "unseen": "cls"}.get(split, "txt")
+        scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
         samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
-        target = os.path.join(part, split, "test" if evaluation else "")
-        num_shards = write_shards(target, samples, 1000, "{}.tar" if evaluation else "{:05d}.tar")
-        texts = {"dataset_type.txt": ["retrieval"]} if kind == "txt" else {
-            "classnames.txt": CLASSNAMES, "zeroshot_classification_templates.txt": TEMPLATES}
-        for name, lines in (texts | {"test/nshards.txt": [num_shards]}).items() if evaluation else ():
+        if split == "train":
+            write_shards(os.path.join(part, split), samples)
+            continue
+        texts = {"test/nshards.txt": [write_shards(os.path.join(part, split, "test"), samples, name="{}.tar")]}
+        texts |= {"dataset_type.txt": ["retrieval"]} if kind == "txt" else {
+            "classnames.txt": map(" ".join, PAIRS), "zeroshot_classification_templates.txt":
+            [template.format(x="a {c}") for template in ONE if "{b}" not in template]}
+        for name, lines in texts.items():
             with open(os.path.join(part, split, name), "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
     os.replace(part, folder)  # under its name only when whole
