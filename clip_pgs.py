@@ -7,12 +7,12 @@
     python clip_pgs.py --help                                 every option, its default and meaning
 
 CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar features. Most
-of the cost is the image encoder, and most patches of an image repeat their neighbours. Five masks choose which
-patches the encoder sees: none (CLIP), random (FLIP), cluster (E-CLIP), attentive (A-CLIP) and pgs (CLIP-PGS,
-Pei et al., CVPR 2025, arXiv 2503.17080), which is what this file is about.
+of the cost is the image encoder, and most patches of an image repeat their neighbours. Six masks choose which
+patches the encoder sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP), attentive (A-CLIP) and
+pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080), which is what this file is about.
 
-The story, top to bottom: config, masks, model, teacher, loss, optimizer, one step. A reader may stop there: the
-rest is plumbing (the run, main). data.py reads shards, evaluate.py measures what was learned.
+The story, top to bottom: config, masks, model, teacher, losses, optimizer, one step. A reader may stop there:
+the rest is plumbing (the run, main). data.py reads shards, evaluate.py measures what was learned.
 """
 import argparse
 import copy
@@ -62,7 +62,7 @@ class Config:
     # data
     data: tuple = knob((), "training shards: paths, globs, brace ranges; none: the demo draws its own")
     val: tuple = knob((), "folders to evaluate after every epoch, in CLIP_benchmark's layout")
-    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it, merges are learned from the captions")
+    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it, captions teach the merges")
     vocab_size: int = knob(49408, "largest vocabulary to learn (CLIP)", least=514)
     max_bad: float = knob(0.1, "share of shards or samples that may be broken before the run stops (ours)")
     # model
@@ -72,19 +72,19 @@ class Config:
     context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)", least=3)
     quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
     # mask
-    mask: str = knob("pgs", "which patches to remove: none, random, center, cluster, attentive or pgs")
+    mask: str = knob("pgs", "patches to remove: none, random, center, cluster, attentive or pgs")
     ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image decides in between")
     edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
-    embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP's ablation)")
-    ema_size: int = knob(0, "attentive: side of the EMA encoder's input, such as 112 (A-CLIP); 0: as the images")
-    text_tokens: int = knob(0, "words' tokens of a caption, longer ones lose common words; 0: all (CLIPF)")
+    embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP)")
+    ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: as the images")
+    text_tokens: int = knob(0, "words' tokens of a caption; longer ones lose common words; 0: all (CLIPF)")
     views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
-    contrast: tuple = knob((), "with --views 2: losses between the views, simclr, byol or both (SLIP, A-CLIP)")
-    unmasked_epochs: float = knob(0.0, "epochs at the end that see whole images (FLIP's unmasked tuning)")
+    contrast: tuple = knob((), "with --views 2, losses between the views: simclr, byol or both (A-CLIP)")
+    unmasked_epochs: float = knob(0.0, "epochs at the end on whole images (FLIP's unmasked tuning)")
     # optimization
-    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096 in all)", least=1)
-    accum: int = knob(1, "forward passes per step; exactly the update of one batch this many times as large", least=1)
+    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096)", least=1)
+    accum: int = knob(1, "passes per step: exactly the update of a batch this many times as large", least=1)
     epochs: int = knob(32, "passes over the data (paper)", least=1)
     steps: int = knob(0, "stop after this many optimizer steps instead; 0: epochs decide")
     lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
@@ -95,40 +95,36 @@ class Config:
     # run
     seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
     workers: int = knob(4, "processes per rank that read and decode; 0: the rank reads by itself")
-    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png and the index of the shards")
-    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch always writes one", least=1)
+    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png, curves.png and the shards' index")
+    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch writes one", least=1)
     keep_epochs: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
-    init: str = knob("", "weights to start from: whatever evaluate.py reads; the model's size comes from the file")
-    resume: str = knob("", "checkpoint to go on from, with its run's options; no file: that in --out, if any")
-    precision: str = knob("", "bf16 or fp32 (default: bf16 on a GPU that has it, else fp32)")
+    init: str = knob("", "weights to start from, of any kind that evaluate.py reads; they fix the model")
+    resume: str = knob("", "checkpoint to go on from, with its run's options; alone: that in --out, if any")
+    precision: str = knob("", "bf16 or fp32; without it, bf16 on a GPU that has it, else fp32")
     grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
-    compile: bool = knob(False, "let torch.compile fuse the layers; the first step of each input size is slow")
-    show_masks: tuple = knob((), "photographs: draw what every mask leaves of them to masks.png in --out; stop")
+    compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
+    show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
 
 
-# Sizes of both towers. Heads are 64 wide, as in CLIP's ViTs. B and L have CLIP's widths and depths (Radford et
-# al. 2021); S pairs DeiT's small ViT with a text tower of its width.
-SIZES = {
-    "ViT-B-16": dict(width=768, layers=12, text_width=512, text_layers=12, embed_dim=512),
-    "ViT-S-16": dict(width=384, layers=12, text_width=384, text_layers=12, embed_dim=384),
-    "ViT-L-16": dict(width=1024, layers=24, text_width=768, text_layers=12, embed_dim=768),
-    "demo": dict(width=128, layers=4, text_width=64, text_layers=2, embed_dim=128),
-}
+# Width and layers of the image tower, of the text tower, size of the embedding. Heads are 64 wide, as in CLIP's
+# ViTs. B and L are CLIP's (Radford et al. 2021); S pairs DeiT's small ViT with a text tower of its width.
+SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-L-16": "1024x24-768x12-768",
+         "demo": "128x4-64x2-128"}
 HEAD_WIDTH = 64
-
-
-def tower_sizes(model):
-    """The entry of SIZES, or of any other ViT, written WIDTHxLAYERS-TEXT_WIDTHxTEXT_LAYERS-EMBED_DIM: its sizes."""
-    names, found = SIZES["demo"], re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", model)
-    if model not in SIZES and not found:
-        raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
-    return SIZES[model] if model in SIZES else dict(zip(names, map(int, found.groups())))
-
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
 DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128,
             epochs=8, unmasked_epochs=1.0, lr=2e-3, warmup=50, workers=1,
             val=("demo/seen", "demo/unseen", "demo/retrieval"))
+
+
+def tower_sizes(model):
+    """(width, layers, text width, text layers, E) of a name in SIZES, or of numbers written as there."""
+    found = re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", SIZES.get(model, model))
+    if not found:
+        raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
+    return tuple(map(int, found.groups()))
+
 
 def check(config):
     """ValueError with one line for the first option whose value cannot work."""
@@ -138,17 +134,17 @@ def check(config):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     tower_sizes(config.model)
     check_mask(config.mask, config.ratio)
-    for size in ("image_size", "ema_size"):
-        if getattr(config, size) % config.patch_size:
-            raise ValueError(f"--{size.replace('_', '-')} {getattr(config, size)}: must be a multiple of "
-                             f"--patch-size {config.patch_size}")
-    if config.views > 2 or not {*config.contrast} <= {"simclr", "byol"} or config.contrast and config.views < 2:
-        raise ValueError(f"--views {config.views} --contrast {' '.join(config.contrast) or 'none'}: 1 or 2 views; simclr, "
-                         "byol or both with 2")
-    if config.precision not in ("", "bf16", "fp32"):
-        raise ValueError(f"--precision {config.precision}: bf16 or fp32")
-    if not (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1):
-        raise ValueError(f"--scale {config.scale}: two numbers, 0 < low <= high <= 1")
+    multiple = f"a multiple of --patch-size {config.patch_size}"
+    for works, option, rule in (
+            (config.image_size % config.patch_size == 0, "image_size", multiple),
+            (config.ema_size % config.patch_size == 0, "ema_size", multiple),
+            (config.views <= 2, "views", "1 or 2"),
+            (config.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32"),
+            ({*config.contrast} <= {"simclr", "byol"}, "contrast", "simclr, byol or both"),
+            (not config.contrast or config.views == 2, "contrast", "used with --views 2"),
+            (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1, "scale", "0 < low <= high <= 1")):
+        if not works:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be {rule}")
 
 
 # -----------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def check(config):
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
-EPS = 0.05         # of optimal transport: the smaller, the more mass a patch keeps for its nearest twins (ours)
+EPS = 0.05         # of optimal transport: the smaller, the more mass stays with a patch's nearest twins (ours)
 
 
 def check_mask(name, ratio):
@@ -181,7 +177,7 @@ def check_mask(name, ratio):
 
 
 def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, each as channel, row, column. ValueError if P does not fit."""
+    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, each as channel, row, column. ValueError for a bad size."""
     (B, C, H, W), P = images.shape, patch_size
     if H % P or W % P:
         raise ValueError(f"--patch-size {P}: does not divide images of {H}x{W}")
@@ -191,15 +187,15 @@ def patchify(images, patch_size):
 
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
-    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros. ValueError
-    if H or W is not a multiple of patch_size. CLIP-PGS, edge detection; the released code differs (README)."""
+    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros.
+    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection; the release differs (README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # The gradient ignores constants, so we subtract the first pixel: a flat image then gives exactly zero, not
+    # The gradient ignores constants, so we subtract the first pixel. A flat image then gives exactly zero, not
     # rounding noise, which the min-max scaling would blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
@@ -227,7 +223,7 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself divides by the deviation
     # After subtracting the mean, a patch of one grey is zero plus rounding noise, and the cosine would turn that
-    # noise into a random direction. We append the same small number to every patch: patches of one grey then
+    # noise into a random direction. We append the same small number to every patch. Patches of one grey then
     # point the same way, and the others hardly change.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
@@ -253,7 +249,7 @@ def balance(similarity, eps=EPS, iterations=20):
 
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
-    """The doubly stochastic matrix T nearest (in KL) to exp(similarity / eps): (B, L, L) -> (B, L, L), float32.
+    """The doubly stochastic matrix T nearest (in KL) to exp(similarity / eps): (B, L, L), same shape, float32.
     Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many
     twins shares its unit of mass with all of them; a patch that is like no other keeps it."""
     return ((balance(similarity, eps, iterations) - 1) / eps).exp()
@@ -261,35 +257,35 @@ def sinkhorn(similarity, eps=EPS, iterations=20):
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
-    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all places to be removed."""
+    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all that may be removed."""
     if transport:
         similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
 
 
 def block_mean(x, rows, columns):
-    """(B, L) -> (B, L): each patch gets the mean of its block of 2x2; x itself if a side of the grid is odd."""
+    """(B, L) -> (B, L): the mean of each patch's block of 2x2; x itself if a side of the grid is odd."""
     if rows % 2 or columns % 2:
         return x
     blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)                     # (B, 1, rows / 2, columns / 2)
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 
-def remove(score, ratio, noise, share=None, counted=None):
+def remove(score, ratio, noise, counted=None, share=None):
     """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
-    The number removed is the number of scores above 0.5, or of those `counted` (B, L), clamped to the range `ratio`;
-    with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those with the highest
-    noise (B, L) go first."""
+    The number removed is the number of scores, or of those `counted` (B, L), above 0.5, clamped to the range
+    `ratio`; with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those with
+    the highest noise (B, L) go first."""
     L = score.shape[1]
     low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
     count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
     if share is not None:
         count = low + (share * (high - low + 1)).long()
-    order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise parts equal scores
+    order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise must part ties
     rank = order.argsort(1)                                                    # (B, L) 0: the first to go
     removed = (rank < count[:, None]).byte()
     # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the largest
-    # number that the ratio allows: only the GPU knows the batch's true maximum, and the CPU would have to wait.
+    # number that the ratio allows. Only the GPU knows the batch's true maximum, and the CPU would have to wait.
     keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
     if low == high:
         return keep, None
@@ -301,11 +297,12 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image (cluster and pgs: by its pixels); then K is the most that any image
-    keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and pgs
-    compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`. attentive
-    needs attention (B, L), see `class_attention`. pgs can do without edges or transport, the paper's ablation.
-    An image's mask does not depend on the other images of its batch. ValueError for an unknown name or ratio."""
+    (low, high) with the number chosen per image, by cluster and pgs from its pixels; then K is the most that any
+    image keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else
+    from generator. cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see
+    `VisionTransformer.patch_tokens`. attentive needs attention (B, L), see `class_attention`. pgs can do without
+    edges or transport, the paper's ablation. An image's mask does not depend on the other images of its batch.
+    ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
     L = grid[0] * grid[1]
@@ -313,15 +310,15 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         return torch.arange(L, device=images.device).expand(B, L), None
     if noise is None:
         noise = torch.rand(B, L + 1, generator=generator, device=images.device)
-    noise, share = noise[:, :L], noise[:, L]  # share: for `random`, which has no scores to count
+    noise, share = noise[:, :L], noise[:, L]  # share: for masks without scores to count
 
     with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) need float32
         if name == "random":  # FLIP, Li et al., CVPR 2023
-            return remove(noise, ratio, noise, share)
+            return remove(noise, ratio, noise, share=share)
         if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
             y, x = (torch.linspace(-1, 1, side, device=noise.device) for side in grid)
-            density = torch.exp(-(y[:, None] ** 2 + x ** 2) / (2 * 0.2)) / (2 * math.pi * 0.2)   # 0.80 in the middle
-            return remove(-noise - density.flatten(), ratio, noise, share)
+            density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)          # 0.80 in the middle
+            return remove(-noise - density.flatten(), ratio, noise, share=share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
@@ -334,22 +331,21 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         else:
             strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
             chosen = pgs_candidates(strength, noise)
-        score = pgs_score(patch_similarity(images, patch_size, embeddings, alpha), chosen, transport)
-        # With a range, pixels alone decide how many patches go: trained embeddings are so alike that nearly every
-        # image would go to the end of the range.
-        counted = score
+        score = counted = pgs_score(patch_similarity(images, patch_size, embeddings, alpha), chosen, transport)
+        # With a range, pixels alone decide how many patches go. Trained embeddings are so alike that nearly
+        # every image would go to the end of the range.
         if len(ratio) == 2 and embeddings is not None and alpha > 0:
             counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
-        return remove(score, ratio, noise, counted=counted)
+        return remove(score, ratio, noise, counted)
 
 
 # -----------------------------------------------------------------------------
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and open_clip,
 # so that weights load strictly in both directions.
 #
-# Captions have different lengths. So have images if `--ratio` is a range. Padding is not computed: everything but
-# attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded form,
-# (B, K, D). `Slots` says how to get from one to the other.
+# Captions have different lengths. So have images if `--ratio` is a range. Padding is not computed: everything
+# but attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded
+# form, (B, K, D). `Slots` says how to get from one to the other.
 
 
 class Slots(NamedTuple):
@@ -377,25 +373,22 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def heads(self, x, slots=None):
-        """(B, K, D), or (N, D) with its slots -> queries, keys, values, each (B, heads, K, HEAD_WIDTH)."""
+    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
+        """See `Block.forward`."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if x.ndim == 2:
             qkv = slots.unpack(qkv)
         B, K, _ = qkv.shape
-        return qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        q, k, v = self.heads(x, slots)
-        if rows is not None:  # for the teacher: the first token's attention to the others, mean over heads, (B, K - 1)
+        q, k, v = qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)   # (B, heads, K, 64) each
+        if rows is not None:
             row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, K)
             rows.append(row[:, :, 0, 1:].mean(1))
         if first_only:
             q = q[:, :, :1]
         # Causal attention needs no mask: padding follows the valid tokens, which never look ahead.
-        mask = None if slots is None or causal else slots.valid[:, None, None]          # (B, 1, 1, K)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)   # (B, heads, K, HEAD_WIDTH)
-        y = y.transpose(1, 2).flatten(2)                                                # (B, K, D)
+        mask = None if slots is None or causal else slots.valid[:, None, None]           # (B, 1, 1, K)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = y.transpose(1, 2).flatten(2)                                                 # (B, K, D)
         return self.out_proj(slots.pack(y) if x.ndim == 2 else y)
 
 
@@ -420,7 +413,8 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """(B, K, D), or (N, D) with its slots -> same shape; with first_only the first token alone, (B, 1, D)."""
+        """(B, K, D), or (N, D) with its slots -> same shape; with first_only (B, 1, D), the first token alone.
+        A list `rows` takes the first token's attention to the others, mean over the heads: (B, K - 1)."""
         y = self.attn(self.ln_1(x), slots, causal, first_only, rows)
         x = (x[:, :1] if first_only else x) + y
         return x + self.mlp(self.ln_2(x))
@@ -464,7 +458,7 @@ def resize_positions(position, L):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches that it is given."""
+    """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches it is given."""
 
     def __init__(self, config, width, layers, embed_dim):
         super().__init__()
@@ -483,19 +477,18 @@ class VisionTransformer(nn.Module):
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
-        else:
-            position = resize_positions(position, patches.shape[1])  # --ema-size: images of another size
+        else:  # with --ema-size, the images may be of another size than the model's
+            position = resize_positions(position, patches.shape[1])
         return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):
-        """What enters the first layer: the class token, then the patches `keep` (B, K) or all: (B, 1 + K, D)."""
+        """What enters the first layer: the class token, then the patches `keep` or all: (B, 1 + K, D)."""
         x = self.patch_tokens(images, keep)
         first = self.class_embedding + self.positional_embedding[0]
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
     def class_token(self, images, keep=None, valid=None, rows=None):
-        """What the encoder makes of the class token: (B, D); arguments as of `CLIP.encode_image`. A list `rows` takes
-        the class token's attention to each patch, (B, L) of each layer."""
+        """What the tower makes of the class token, (B, D); arguments as of `CLIP.encode_image`, `Block.forward`."""
         x, slots = self.embed(images, keep), None                        # (B, 1 + K, D)
         if valid is not None:
             valid = F.pad(valid, (1, 0), value=True)                     # the class token is always valid
@@ -511,19 +504,18 @@ class CLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        size = tower_sizes(config.model)
-        width, embed_dim = size["text_width"], size["embed_dim"]
-        self.visual = VisionTransformer(config, size["width"], size["layers"], embed_dim)
-        self.transformer = Transformer(config, width, size["text_layers"])
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
+        width, layers, text_width, text_layers, embed_dim = tower_sizes(config.model)
+        self.visual = VisionTransformer(config, width, layers, embed_dim)
+        self.transformer = Transformer(config, text_width, text_layers)
+        self.token_embedding = nn.Embedding(config.vocab_size, text_width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, text_width) * 0.01)
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(torch.randn(text_width, embed_dim) * text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images, keep=None, valid=None):
-        """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K) are looked at.
+        """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K) are seen.
         With valid (B, K) bool, slots of `keep` that are not valid have no influence and almost no cost."""
         return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
@@ -534,31 +526,32 @@ class CLIP(nn.Module):
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
-        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1    # last: each <end> among the N
-        tokens, valid, places, last = (x.to(device, non_blocking=True) for x in (tokens[:, :T], valid, places, last))
+        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1     # last: each <end> in the N
+        tokens, valid, places, last = (x.to(device, non_blocking=True)
+                                       for x in (tokens[:, :T], valid, places, last))
         x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
-        x = self.transformer(slots.pack(x), slots, causal=True)         # (N, D)
+        x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
         return self.ln_final(x[last]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
-        """Image features (B, E), text features (B, E), the factor of their cosines in the loss, class tokens (B, D)."""
+        """Image features, text features (B, E), what the loss multiplies their cosines by, class tokens (B, D)."""
         token = self.visual.class_token(images, keep, valid)
         return token @ self.visual.proj, self.encode_text(tokens), self.logit_scale.exp(), token
 
 
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention; BYOL predicts its class token.
+# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention, BYOL predicts its token.
 
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, mean over layers and heads, and the class token at the end:
-    (B, L), (B, D) of images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself. With size, a
-    multiple of the patch size, the encoder looks at images of that side (A-CLIP's efficient version)."""
+    """How much the class token attends to each patch, mean over layers and heads, (B, L), and what the tower makes
+    of the class token, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself.
+    With size, a multiple of the patch size, the tower looks at images of that side (A-CLIP's efficient version)."""
     grid, rows = images.shape[-1] // visual.patch_size, []
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    token = visual.class_token(images, rows=rows)                        # rows: (B, L) of each layer
+    token = visual.class_token(images, rows=rows)
     attention = sum(rows) / len(rows)
     if size:
         side = size // visual.patch_size
@@ -568,7 +561,7 @@ def class_attention(visual, images, size=0):
 
 @torch.no_grad()
 def update_ema(ema, model, progress):
-    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1 (A-CLIP)."""
+    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - momentum)
@@ -584,7 +577,7 @@ def ranks():
 
 
 class Gather(torch.autograd.Function):
-    """(B, ...) of each rank -> (world_size * B, ...) on all ranks. dist.all_gather itself has no gradient."""
+    """The work of `gather`; dist.all_gather itself has no gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -617,67 +610,64 @@ def clip_loss(image_features, text_features, logit_scale, decoded=None):
     labels, all_decoded = labels.where(decoded, -100), gather(decoded)   # cross_entropy skips labels of -100
     loss = 0
     for ours, others in ((images, gather(texts)), (texts, gather(images))):
-        logits = (logit_scale * ours @ others.T).masked_fill(~all_decoded, -math.inf)   # (B, world_size * B)
+        logits = (logit_scale * ours @ others.T).masked_fill(~all_decoded, -math.inf)    # (B, world_size * B)
         loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
     return loss * world_size / all_decoded.sum().clamp(min=1)
 
 
 # -----------------------------------------------------------------------------
-# Two views (A-CLIP, SLIP). With --views 2, each image is cropped twice; the CLIP loss is the mean over both views, and
-# --contrast compares the views with each other. A student may skip this chapter: one view does not use it.
-#
-# The heads see the class tokens of the whole gathered batch, on every rank alike, outside DDP: batch norm and losses
-# then depend neither on the number of ranks nor on --accum.
+# Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and the
+# CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the class tokens
+# of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses depend neither
+# on the number of ranks nor on --accum.
 
 
 def nt_xent(a, b, temperature=0.1):
-    """SimCLR's loss (Chen et al. 2020), the mean over 2N views; features (N, E) of the gathered batch, not normalised.
-    Each view has to find the other view of its image among the 2N - 1 other views."""
+    """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not normalised.
+    Each of the 2N views has to find the other view of its image among the 2N - 1 other views: the mean."""
     z, N = F.normalize(torch.cat([a, b]), dim=-1), len(a)                # (2N, E)
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)           # a view is not compared with itself
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)           # no view is compared with itself
     return F.cross_entropy(logits, torch.arange(2 * N, device=a.device).roll(N))
 
 
 def byol(prediction, target):
-    """BYOL's loss (Grill et al. 2020): mean of 2 - 2 cos over features (N, E); no gradient reaches the target."""
+    """BYOL's loss (Grill et al. 2020), the mean of 2 - 2 cos of features (N, E); the target gets no gradient."""
     return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
 
 
 def head(*widths):
     """Linear layers of these widths, batch norm and ReLU between them."""
-    layers = [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
-    norms = [nn.Sequential(nn.BatchNorm1d(width), nn.ReLU()) for width in widths[1:-1]]
-    return nn.Sequential(*itertools.chain(*zip(layers, norms)), layers[-1])
+    layers = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(*itertools.chain(*layers))[:-2]
 
 
 class Heads(nn.Module):
-    """What --contrast trains beside the towers, with A-CLIP's widths for ViT-B."""
+    """What --contrast trains beside the towers; for ViT-B the widths are A-CLIP's."""
 
     def __init__(self, config):
         super().__init__()
-        D = tower_sizes(config.model)["width"]
+        D = tower_sizes(config.model)[0]
         wide = 4096 if D >= 768 else 4 * D
         if "simclr" in config.contrast:
             self.simclr = head(D, wide, wide, 256)
         if "byol" in config.contrast:
             self.projector, self.predictor = head(D, wide, 256), head(256, wide, 256)
-            self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # EMA of the projector
+            self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
     def forward(self, tokens, taught):
-        """The weighted sum of the losses (A-CLIP's weights) of tokens (2, N, D) and the teacher's token (N, D)."""
+        """The losses of class tokens (2, N, D) and the teacher's (N, D), in the weights of A-CLIP's release."""
         loss = 0
         if hasattr(self, "simclr"):
             loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
-        if hasattr(self, "projector"):
-            target = self.teacher(taught)
-            loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
+        if hasattr(self, "projector"):  # 2.0 times the mean of both views
+            loss = loss + sum(byol(self.predictor(self.projector(token)), self.teacher(taught)) for token in tokens)
         return loss
 
 
 def cut_attention(attention, boxes, side):
-    """Attention (B, L) over a square image -> (B, side * side) over the patches of the parts boxes (B, 4) of it: left,
-    top, right, bottom in [0, 1]."""
-    centers = (torch.arange(side, device=attention.device) + 0.5) / side                  # of the part's patches
+    """Attention (B, L) to a square image -> (B, side * side): to the patches of the part boxes (B, 4) of it, given
+    as left, top, right, bottom in [0, 1]."""
+    centers = (torch.arange(side, device=attention.device) + 0.5) / side                 # of the part's patches
     x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))  # (B, side)
     where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
     whole = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
@@ -708,20 +698,20 @@ def learning_rate(step, total_steps, peak, warmup):
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
 
-def autocast(config, device):
-    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
 def step_noise(config, step, global_batch, device):
     """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
-    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The seed
-    is a hash of the run's seed and the step."""
+    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The
+    seed is a hash of the run's seed and the step."""
     (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
     noise = torch.rand(config.views, global_batch, L + 1, generator=generator, device=device)
     return noise.chunk(world_size, dim=1)[rank]
+
+
+def autocast(config, device):
+    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def parts_of(config, batch):
@@ -732,16 +722,17 @@ def parts_of(config, batch):
 
 @torch.no_grad()
 def teach(config, ema, images, boxes):
-    """What the EMA encoder sees: its attention to the patches of each view (V, B, L), and its class token (B, D).
-    images (V + 1, B, 3, H, W) uint8, the last one around both views, which lie in it as boxes (V, B, 4) say; or a
-    single view (1, B, 3, H, W), which is seen itself."""
+    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D).
+    images (V + 1, B, 3, H, W) uint8: the last one lies around both views, which are the parts boxes (V, B, 4) of
+    it. A single view (1, B, 3, H, W) is seen itself."""
     with autocast(config, images.device):
         seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
                 for part in parts_of(config, images.shape[1])]
     attention, taught = map(torch.cat, zip(*seen))
+    if len(images) == 1:
+        return attention[None], taught.float()
     side = config.image_size // config.patch_size
-    attention = attention[None] if len(images) == 1 else torch.stack([cut_attention(attention, box, side) for box in boxes])
-    return attention, taught.float()
+    return torch.stack([cut_attention(attention, box, side) for box in boxes]), taught.float()
 
 
 @torch.no_grad()
@@ -750,34 +741,34 @@ def batch_masks(config, visual, attention, images, noise, alpha):
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
         for view, part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
-            pixels = data.normalize(images[view, part])
+            pixels = data.normalize(images[view, part])  # normalised again for the towers: floats are too large to keep
             masks.append(make_mask(
-                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part], alpha=alpha,
-                embeddings=visual.patch_tokens(pixels) if mixed else None,
+                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part],
+                alpha=alpha, embeddings=visual.patch_tokens(pixels) if mixed else None,
                 attention=None if attention is None else attention[view, part], edges=config.edges,
                 transport=config.transport))
-    keep, valid = zip(*masks)
-    return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in (keep, valid)]
+    return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in zip(*masks)]
 
 
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
     """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns this rank's loss.
-    images (V, B, 3, H, W) uint8, tokens (B, T), keep and valid (V, B, K) or None, decoded (B,) bool, taught (B, D).
+    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,) bool, taught (B, D).
     One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts without
-    gradient, the loss and its gradient at the features, then each part again, backward from that gradient. The result
-    is exact."""
+    gradient, the loss and its gradient at the features, then each part again, backward from that gradient. The
+    result is exact."""
     def features(part):
         with autocast(config, images.device):
             image, text, scale, token = model(data.normalize(images[:, part].flatten(0, 1)), tokens[part],
                                               *(x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid)))
-        image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))  # (V, b, E), (V, b, D)
-        return image, text.float(), scale, token
+        image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))
+        return image, text.float(), scale, token         # (V, b, E), (b, E), (), (V, b, D)
 
     def loss_of(image, text, scale, token):
         loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
         if heads:
-            real = gather(decoded)
-            loss = loss + heads([gather(view)[real] for view in token], taught if taught is None else gather(taught)[real])
+            known = gather(decoded)
+            loss = loss + heads([gather(view)[known] for view in token],
+                                taught if taught is None else gather(taught)[known])
         return loss
 
     if config.accum == 1:
@@ -802,8 +793,8 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
 
 def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
     """One update on a local batch: (numbers of this rank for the log, keep, valid).
-    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees whole
-    images. At a fixed ratio the CPU never waits for the GPU in here; with a range, or heads, it waits once per pass."""
+    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees
+    whole images. At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once per pass."""
     clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
     images, boxes, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, boxes, decoded))
     if ema and (noise is not None or config.contrast):
@@ -813,11 +804,11 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
         keep, valid = batch_masks(config, clip.visual, attention, images, noise, alpha)
     numbers = {"loss": gradients(config, model, heads, images, tokens, keep, valid, decoded, taught)}
     if config.grad_clip:
-        numbers["grad_norm"] = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]],
-                                                        config.grad_clip)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():  # CLIP's limit of 100, after the step: beyond a clamp in forward there is no gradient
+    with torch.no_grad():  # CLIP's limit of 100, after the step: a clamp in forward has no gradient beyond it
         clip.logit_scale.clamp_(max=math.log(100))
     if ema:
         update_ema(ema, clip.visual, alpha)
@@ -831,6 +822,23 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
 # -----------------------------------------------------------------------------
 # The run: everything around the steps. Order, crops and masks depend only on seed and step, so no random
 # generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare` returns.
+
+
+def claim(config):
+    """Makes --out the folder of this run; returns a file that stays locked until this process ends. ValueError if
+    another process trains there, or if it holds the checkpoint of a run that we do not go on with."""
+    os.makedirs(config.out, exist_ok=True)
+    path, lock = os.path.join(config.out, "ckpt.pt"), open(os.path.join(config.out, ".lock"), "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
+    ours = config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)
+    if os.path.exists(path) and not ours:
+        then = evaluate.read_checkpoint(path)
+        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step {then['step']}); "
+                         "go on with it by --resume, or name another --out")
+    return lock
 
 
 def load_data(config):
@@ -851,47 +859,30 @@ def load_data(config):
 
 def build(config, state, device):
     """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them.
-    model is clip, or clip in DDP if there are several ranks; ema is the teacher or None, heads those of --contrast."""
+    model is clip, in DDP if there are several ranks; ema is the teacher or None, heads are those of --contrast."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     heads = Heads(config).to(device) if config.contrast else None
-    optimizer = make_optimizer(config, clip, *([heads] if heads else []))
     if state:
         name, L = "visual.positional_embedding", (config.image_size // config.patch_size) ** 2
-        first, rest = state["model"][name].split([1, len(state["model"][name]) - 1])
+        first, *rest = state["model"][name]
+        position = torch.stack([first, *resize_positions(torch.stack(rest), L)])
         try:
-            clip.load_state_dict(state["model"] | {name: torch.cat([first, resize_positions(rest, L)])})
+            clip.load_state_dict(state["model"] | {name: position})
         except RuntimeError as error:
-            raise ValueError(f"{config.resume or config.init}: {str(error).splitlines()[-1].strip()}") from None
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+            cause = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{config.resume or config.init}: does not fit this model: {cause}") from None
+    optimizer = make_optimizer(config, clip, *([heads] if heads else []))
     ema = copy.deepcopy(clip.visual) if config.mask == "attentive" or "byol" in config.contrast else None
-    for module, name in ((ema, "ema"), (heads, "heads")):
-        if module and state.get(name):
-            module.load_state_dict(state[name])
+    for part, name in ((optimizer, "optimizer"), (ema, "ema"), (heads, "heads")):
+        if part and state.get(name):
+            part.load_state_dict(state[name])
     if config.compile:
-        torch._dynamo.config.cache_size_limit = 32  # versions of a function; we need about 12, the default is 8
+        torch._dynamo.config.cache_size_limit = 32  # versions of a function: we need about 12, the default is 8
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
     return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
-
-
-def claim(config):
-    """Makes --out the folder of this run: a file that is locked until this process ends. ValueError if another process
-    trains there, or if it holds the checkpoint of a run that we do not go on with."""
-    path = os.path.join(config.out, "ckpt.pt")
-    os.makedirs(config.out, exist_ok=True)
-    lock = open(os.path.join(config.out, ".lock"), "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
-    if os.path.exists(path) and not (config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)):
-        then = evaluate.read_checkpoint(path)
-        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step {then['step']}); go on "
-                         "with it by --resume, or name another --out")
-    return lock
 
 
 def prepare(config, state, device):
@@ -902,46 +893,32 @@ def prepare(config, state, device):
     shards, index = load_data(config)
     global_batch = config.batch_size * config.accum * ranks()[1]
     if global_batch > len(index):
-        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step of {len(index)} samples")
+        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only {len(index)} "
+                         "samples")
     for name, what, now in (("global_batch", "images per step (ranks x --batch-size x --accum)", global_batch),
                             ("num_samples", "samples", len(index))):
         if state.get(name, now) != now:
             raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what}, now there are {now}; "
                              "the number must be the same")
-    chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
+    captions = data.sample_captions(shards, index)
     if "merges" in state:
         tokenizer = data.Tokenizer(state["merges"], config.context_length)
     elif config.vocab:
         tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
-        captions = data.sample_captions(shards, index)
-        tokenizer = data.Tokenizer(data.learn_merges(captions, config.vocab_size - 514), config.context_length)
+        merges = data.learn_merges(captions, config.vocab_size - 514, progress=ranks()[0] == 0)
+        tokenizer = data.Tokenizer(merges, config.context_length)
     config.vocab_size = tokenizer.vocab_size
+    chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
     clip, model, optimizer, ema, heads = build(config, state, device)
     steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
     total_steps = config.steps or config.epochs * steps_per_epoch
     unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
     return SimpleNamespace(
-        lock=lock, config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, chances=chances, clip=clip, model=model,
-        optimizer=optimizer, ema=ema, heads=heads, step=state.get("step", 0), global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
-
-
-def open_log(path, step):
-    """The log, open for appending. Lines after the checkpoint's step are removed: those steps will be repeated."""
-    lines, damaged = [], 0
-    if step and os.path.exists(path):
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    lines += [line] if json.loads(line)["step"] <= step else []
-                except (ValueError, KeyError, TypeError):
-                    damaged += 1
-    if damaged:
-        print(f"warning: {path}: {damaged} damaged lines dropped")
-    with data.write_whole(path) as file:
-        file.writelines(lines)
-    return open(path, "a", buffering=1)
+        config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer, chances=chances,
+        clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads, step=state.get("step", 0),
+        global_batch=global_batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        masked_steps=total_steps - unmasked_steps)
 
 
 def save(run, name):
@@ -950,56 +927,60 @@ def save(run, name):
         with data.write_whole(os.path.join(run.config.out, name)) as file:
             torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
                             ema=run.ema and run.ema.state_dict(), heads=run.heads and run.heads.state_dict(),
-                            config=asdict(run.config),
-                            merges=run.tokenizer.merges, step=run.step, progress=run.step / run.total_steps,
-                            global_batch=run.global_batch, num_samples=len(run.index)), file)
+                            config=asdict(run.config), merges=run.tokenizer.merges, step=run.step,
+                            progress=run.step / run.total_steps, global_batch=run.global_batch,
+                            num_samples=len(run.index)), file)
 
 
-def mean_over_ranks(device, numbers):
-    """(len(numbers),) float64: the means over the ranks, still on the device; reading them waits for the step."""
-    values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(device, non_blocking=True) for x in numbers])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values / ranks()[1]
+def open_log(path, step):
+    """The log, open for appending. Lines after the checkpoint's step are removed: those steps will be repeated."""
+    records = evaluate.read_log(path) if step and os.path.exists(path) else []
+    with data.write_whole(path) as file:
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in records if record["step"] <= step)
+    return open(path, "a", buffering=1)
 
 
-def train_epoch(run, epoch, log, requests):
-    """Trains to the end of the epoch, or until a rank has a signal in `requests`; True if that was so.
-    Each step adds a line of json to the file `log`. ValueError if too many samples do not decode."""
-    config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
-    steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
+def epoch_loader(run, epoch, steps):
+    """A DataLoader of this rank's batches `steps`, a range, of an epoch."""
+    config, (rank, world_size) = run.config, ranks()
     order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
     batches = data.Batches(
         run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank], run.tokenizer,
         config.image_size, config.scale, (config.seed, epoch), config.views, run.ema and config.views == 2,
         config.text_tokens, run.chances, run.masked_steps - epoch * run.steps_per_epoch)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
-                                         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
-    bar = tqdm(total=steps.stop, initial=first, disable=rank > 0,
+    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
+                                       pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
+
+
+def train_epoch(run, epoch, log, requests):
+    """Trains to the end of the epoch, or until a rank has a signal in `requests`: (records, stopped).
+    Each step adds its record, a line of json, to the file `log`. ValueError if too many samples do not decode."""
+    config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
+    steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
+    bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
                desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
-    values, stopped, num_read, num_lost, causes, tick = None, False, 0, 0, Counter(), time.perf_counter()
-
-    def report(reason=""):
-        lines = [f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; causes on rank {rank}:"]
-        return "\n".join([*lines, *(f"{n:8}  {cause}" for cause, n in causes.most_common(10)), *reason])
-
-    for batch in itertools.chain(loader, [None]):  # None: the epoch has ended
-        # The numbers of a step are read when the next batch has arrived: reading waits for the GPU, which had work
-        # until then. So no checkpoint holds a step whose numbers are wrong.
+    values, records, stopped, num_lost, causes, tick = None, [], False, 0, Counter(), time.perf_counter()
+    for batch in itertools.chain(epoch_loader(run, epoch, steps), [None]):  # None: the epoch has ended
+        # The numbers of a step are read when the next batch has arrived. Reading waits for the GPU, which had
+        # work until then. So no checkpoint holds a step whose numbers are wrong.
         if values is not None:
-            *seen, lost, requested = values.tolist()
-            record = dict(step=run.step, epoch=epoch + 1, lr=lr,
-                          images_per_s=round(run.global_batch / (time.perf_counter() - tick), 1)) | dict(zip(numbers, seen))
-            tick, num_lost, num_read = time.perf_counter(), num_lost + round(lost * world_size), num_read + run.global_batch
-            if not math.isfinite(record["loss"]):
-                raise ValueError(f"step {run.step}: the loss is {record['loss']}; no checkpoint holds this step")
+            *seen, lost, requested = (values / world_size).tolist()  # means over the ranks
+            images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
+            records.append(dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1)) |
+                           dict(zip(numbers, seen)))
+            lost, num_read = round(lost * world_size), len(records) * run.global_batch
+            num_lost, loss = num_lost + lost, records[-1]["loss"]
+            if not math.isfinite(loss):
+                raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
             stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
             due = stopped or batch is None or run.step % config.save_every == 0
-            if num_lost > config.max_bad * (num_read if due else max(num_read, 1000)) or round(lost * world_size) == run.global_batch:
-                raise ValueError(report([f"more than --max-bad {config.max_bad}, or a batch without a pair: stopped"]))
-            log.write(json.dumps(record) + "\n")
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['images_per_s']:.0f} images/s", refresh=False)
+            report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; on rank {rank}:"] +
+                               [f"{n:8}  {cause}" for cause, n in causes.most_common(10)])
+            if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
+                raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
+            log.write(json.dumps(records[-1]) + "\n")
+            bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
             bar.update()
             if due:
                 save(run, "ckpt.pt")
@@ -1014,60 +995,52 @@ def train_epoch(run, epoch, log, requests):
             group["lr"] = lr
         masked = config.mask != "none" and run.step < run.masked_steps
         noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
-        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes, tokens,
-                                          decoded, noise, alpha)
+        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
+                                          tokens, decoded, noise, alpha)
         if values is None and rank == 0:
-            pixels, keep, valid = images[0, :8], *(x if x is None else x[0] for x in (keep, valid))
-            seen = pixels, evaluate.masked(pixels, keep, valid, config.patch_size)
-            evaluate.sheet(f"{config.out}/masks.png", [("", [(x, "", "white") for x in row]) for row in seen])
+            evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
-        values = mean_over_ranks(run.device, [*numbers.values(), len(bad), bool(requests)])
+        values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(run.device, non_blocking=True)
+                              for x in (*numbers.values(), len(bad), bool(requests))])
+        if dist.is_initialized():
+            dist.all_reduce(values)
     bar.close()
     if num_lost and rank == 0:
-        print(report())
-    return record, stopped
-
-
-def evaluate_all(run):
-    """{folder: its metrics} of the folders in --val, on rank 0; a folder that fails says why under "failed"."""
-    results = {}
-    for folder in run.config.val:
-        try:
-            results[folder] = evaluate.evaluate(run.clip, run.tokenizer, run.config, folder, *ranks())
-        except (ValueError, OSError) as error:
-            results[folder] = {"failed": data.message(error)}
-    return results
-
-
-def describe(run):
-    """The line that says what will happen."""
-    config, world_size, masked = run.config, ranks()[1], run.masked_steps
-    L = (config.image_size // config.patch_size) ** 2
-    removed = " to ".join(str(round(share * L)) for share in config.ratio)
-    return (f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | "
-            f"{run.device.type}, {config.precision} | {world_size} rank{'s' * (world_size > 1)} x "
-            f"{config.batch_size * config.accum} images | {run.steps_per_epoch} steps per epoch, {run.total_steps} in all: "
-            f"{masked} with mask {config.mask}, {removed} of {L} patches removed, {run.total_steps - masked} on whole images")
+        print(report)
+    return records, stopped
 
 
 def train(config, state, device):
-    """Trains a model as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and masks.png in config.out."""
+    """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
     run, (rank, world_size) = prepare(config, state, device), ranks()
     state.clear()  # free the checkpoint: its tensors have been copied
     results, requests, say = {}, [], print if rank == 0 else lambda *lines, **options: None
     for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
         signal.signal(number, lambda number, frame: requests.append(number))
-    log = open(os.devnull, "w") if rank else open_log(os.path.join(config.out, "log.jsonl"), run.step)
-    say(describe(run), flush=True)
+    log = open(os.devnull, "w") if rank else open_log(f"{config.out}/log.jsonl", run.step)
+    L, unmasked = (config.image_size // config.patch_size) ** 2, run.total_steps - run.masked_steps
+    removed = " to ".join(str(round(share * L)) for share in config.ratio)
+    say(f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | {device.type}, "
+        f"{config.precision}, {world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
+        f"{run.steps_per_epoch} steps per epoch, {run.total_steps} in all: {run.masked_steps} with mask {config.mask}"
+        f"{f', {removed} of {L} patches removed' * (config.mask != 'none')}, {unmasked} on whole images", flush=True)
+    begin, began = time.perf_counter(), run.step
     while run.step < run.total_steps:
         epoch = run.step // run.steps_per_epoch
-        record, stopped = train_epoch(run, epoch, log, requests)
+        records, stopped = train_epoch(run, epoch, log, requests)
         if run.step == run.total_steps or run.step % run.steps_per_epoch == 0:
             if config.keep_epochs:
                 save(run, f"epoch_{epoch + 1}.pt")
-            results = evaluate_all(run)
+            results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
             if results:
-                log.write(json.dumps(record | dict(eval=results)) + "\n")
+                log.write(json.dumps(records[-1] | dict(eval=results)) + "\n")
+            if rank == 0:
+                evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
+            minutes = (time.perf_counter() - begin) / 60
+            say(", ".join([f"epoch {epoch + 1}: mean loss {np.mean([record['loss'] for record in records]):.3f}",
+                           *(f"{name} {100 * x:.1f}" for name, x in evaluate.first_metrics(results).items()),
+                           f"{minutes:.1f} minutes",
+                           f"{minutes * (run.total_steps - run.step) / (run.step - began):.1f} to go"]), flush=True)
         if stopped and run.step < run.total_steps:
             sys.exit(f"stopped after step {run.step} of {run.total_steps}; go on with --resume" if rank == 0 else 1)
     if results:
@@ -1082,14 +1055,13 @@ def train(config, state, device):
 
 
 def show_masks(config, state):
-    """Writes masks.png to --out: a row per photograph, with its edges and what each mask keeps of it.
+    """Writes masks.png to --out: a row per photograph, with its edges, attention and what each mask keeps of it.
     With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
     torch.manual_seed(config.seed)
-    clip, P, rows = CLIP(config), config.patch_size, []
+    clip, P, rows, generator = CLIP(config), config.patch_size, [], torch.Generator().manual_seed(config.seed)
     if state:
         clip.load_state_dict(state["model"])
-        clip.visual.load_state_dict(state["ema"] or clip.visual.state_dict())
-    generator = torch.Generator().manual_seed(config.seed)
+        clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
     for path in config.show_masks:
         pixels = evaluate.open_photo(path, config.image_size)[None]                     # (1, 3, H, W) uint8
         images = data.normalize(pixels)
@@ -1105,12 +1077,12 @@ def show_masks(config, state):
         rows.append(("", [(*tile, "white") for tile in tiles]))
     os.makedirs(config.out, exist_ok=True)
     evaluate.sheet(f"{config.out}/masks.png", rows)
-    print(f"wrote {config.out}/masks.png" + ("" if state else "; attentive's encoder is untrained, see --resume"))
+    print(f"wrote {config.out}/masks.png" + ("" if state else "; the encoder is untrained, see --resume"))
 
 
 def parse(arguments):
-    """(Config, checkpoint to go on from or {}) of a command line.
-    Without --data, DEMO takes the place of the defaults. With --resume, the options of its run do."""
+    """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the
+    defaults. With --resume, the options of its run do; with --init, the size of its model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      epilog="Without --data, the demo has other defaults: " +
                                      ", ".join(f"{name} {value}" for name, value in DEMO.items()))
@@ -1132,20 +1104,20 @@ def parse(arguments):
     if options.resume:
         state = evaluate.read_checkpoint(options.resume)
         if not {"model", "optimizer", "config", "merges", "global_batch"} <= state.keys():
-            raise ValueError(f"--resume {options.resume}: weights only, no state of a training run")
+            raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
         then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
         parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
     elif options.init:  # the weights and the tokenizer, not the state of a run
-        clip, tokenizer, found = evaluate.load(options.init, options.vocab, options.quick_gelu)
+        clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
         state = dict(model=clip.state_dict(), merges=tokenizer.merges)
-        parser.set_defaults(**{name: getattr(found, name) for name in
+        parser.set_defaults(**{name: getattr(then, name) for name in
                                ("model", "image_size", "patch_size", "context_length", "quick_gelu")})
     options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
 
 
 def main():
-    """Entry point, for one process or one per rank under torchrun: what went wrong, a message or a code, or None."""
+    """Entry point, for one process or one per rank under torchrun: what went wrong, a message or code, or None."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -1156,30 +1128,23 @@ def main():
         if config.show_masks:
             return show_masks(config, state)
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS is above 1: every task would train alone; start one torchrun per machine")
+            raise ValueError("SLURM_NTASKS is above 1, so every task would train alone: start torchrun in one task "
+                             "per machine")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             if config.precision != "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
-                print("this GPU has no bf16: fp32 instead") if rank == 0 else None
+                print("this GPU has no bf16: fp32 instead" if rank == 0 else "", end="\n" * (rank == 0))
                 config.precision = "fp32"
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, flash attention does not
-        if world_size > 1:
-            # The limit is 30 minutes: one process may have to read the shards of a large data set first.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
+        if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         fault = stop.code
-    except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        fault, patience = f"error: {data.message(error)}", min(rank, 1)
-    except Exception as error:  # a worker's end, a bug, or the end of the connection to a rank that has failed
-        fault, patience = traceback.format_exc(), 5
-        for sign, what in (("shared memory", "too little shared memory for the workers: pass --workers 0, or give a "
-                            "container more by docker's --shm-size"),
-                           ("DataLoader worker", "a worker was killed, perhaps for lack of memory: pass fewer --workers")):
-            if sign in str(error):
-                fault, patience = f"error: {what}", 0
-                break
+    except (Exception, KeyboardInterrupt) as error:
+        line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
+        fault, patience = (f"error: {line}", min(rank, 1)) if line else (traceback.format_exc(), 5)
     if world_size > 1 and fault:
         # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost the
         # connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for their end.
@@ -1189,8 +1154,8 @@ def main():
 
 
 def leave(fault):
-    """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore SIGTERM; it
-    can hang in NCCL, and gloo's threads can abort the process."""
+    """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore
+    SIGTERM; it can hang in NCCL, and gloo's threads can abort the process."""
     if isinstance(fault, str):
         print(fault, file=sys.stderr)
     sys.stdout.flush()

@@ -61,11 +61,18 @@ def write_whole(path, part=".part"):
 
 
 def message(error):
-    """The line of an error that a user gets to see: of the system's errors, the file and the cause."""
+    """The line of an error that a user gets to see; "" for what is no user's mistake."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory; half the --batch-size and twice the --accum give the same update with less"
+    if "shared memory" in str(error):
+        return ("too little shared memory for the workers: pass --workers 0, or give a container more by docker's "
+                "--shm-size")
+    if "DataLoader worker" in str(error):
+        return "a worker was killed, perhaps for lack of memory: pass fewer --workers"
     named = getattr(error, "filename", None)
-    return f"{named}: {error.strerror}" if named else str(error)
+    return f"{named}: {error.strerror}" if named else str(error) if isinstance(error, (ValueError, OSError)) else ""
 
 
 # -----------------------------------------------------------------------------

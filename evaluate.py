@@ -3,6 +3,7 @@
     python evaluate.py out/ckpt.pt                               the folders that --val named in training
     python evaluate.py out/ckpt.pt --data imagenet1k flickr30k   any folders in CLIP_benchmark's layout
     python evaluate.py ViT-B-16.pt --vocab bpe_simple_vocab_16e6.txt.gz --data imagenet1k --probe
+    python evaluate.py --curves out/*/log.jsonl                  the losses and metrics of several runs, as a picture
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
 
 Takes checkpoints of clip_pgs.py, weights with open_clip's names (so also the CLIP-PGS authors' files) and OpenAI's
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -210,6 +211,11 @@ def gather(features, total, model, world_size, fault=""):
 # Zero-shot classification: the class whose sentences are nearest to the image.
 
 
+def short(metric):
+    """image@1 for CLIP_benchmark's image_retrieval_recall@1."""
+    return metric.replace("_retrieval_recall", "")
+
+
 def mean(x):
     """The mean of a tensor of counts or truths, as a plain number."""
     return x.double().mean().item()
@@ -338,6 +344,24 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     return metrics
 
 
+def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
+    """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks."""
+    results = {}
+    for folder in folders:
+        try:
+            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size)
+        except (ValueError, OSError) as error:
+            results[folder] = {"failed": data.message(error)}
+    return results
+
+
+def first_metrics(results):
+    """{"imagenet acc1": value in [0, 1], ...}: the first metric of each folder, with a short name."""
+    found = {(folder, *list(metrics.items())[0]) for folder, metrics in results.items() if metrics}
+    return {f"{os.path.basename(os.path.normpath(folder))} {short(name)}": value
+            for folder, name, value in sorted(found, key=lambda one: list(results).index(one[0])) if name != "failed"}
+
+
 # -----------------------------------------------------------------------------
 # Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the image nearer to its caption than to one in which
 # an object, an attribute or a relation was replaced, swapped or added?
@@ -434,6 +458,13 @@ def masked(images, keep, valid, patch_size):
     return images.where(per_pixel(seen, images.shape[-1]).cpu() > 0, 128)
 
 
+def draw_masks(path, images, keep, valid, patch_size):
+    """Writes a PNG of images (B, 3, H, H) uint8 and, below, of what the masks of the first view leave of them."""
+    keep, valid = (x if x is None else x[0] for x in (keep, valid))
+    rows = images, masked(images, keep, valid, patch_size)
+    sheet(path, [("", [(picture, "", "white") for picture in row]) for row in rows])
+
+
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
     """Ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
     asked, rows = sorted({number * len(captions) // 10 for number in range(10)}), []
@@ -453,6 +484,79 @@ def draw_mistakes(path, folder, scores, labels):
               f"predicted: {names[predicted[i]]}\ntrue: {names[labels[i]]}", "white") for i in worst]
     if tiles:  # a perfect score leaves nothing to draw
         sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
+
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#7f7f7f", "#bcbd22")
+
+
+def plot(draw, left, title, series):
+    """Draws a panel of 420 x 320 pixels with axes and their numbers; series: (color, x, y), where y is (N,) for a line, or
+    (2, N) for the band between two lines."""
+    font, x0, y0, x1, y1 = ImageFont.load_default(11), left + 50, 40, left + 400, 290
+    xs, ys = (np.concatenate([np.ravel(one[axis]) for one in series]) for axis in (1, 2))
+    (low_x, high_x), (low_y, high_y) = ((v.min(), max(v.max(), v.min() + 1e-9)) for v in (xs, ys))
+
+    def at(x, y):
+        return [*zip(x0 + (np.asarray(x) - low_x) / (high_x - low_x) * (x1 - x0),
+                     y1 - (np.asarray(y) - low_y) / (high_y - low_y) * (y1 - y0))]
+
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = x0 + share * (x1 - x0), y1 - share * (y1 - y0)
+        draw.line((x0, y, x1, y), fill="#e0e0e0")
+        draw.text((x0 - 6, y), f"{low_y + share * (high_y - low_y):.3g}", "black", font, anchor="rm")
+        draw.text((x, y1 + 6), f"{low_x + share * (high_x - low_x):.4g}", "black", font, anchor="mt")
+    for color, x, y in series:
+        if np.ndim(y) == 2:
+            draw.polygon(at(x, y[0]) + at(x, y[1])[::-1], fill=color)
+        else:
+            draw.line(at(x, y), fill=color, width=2)
+    draw.rectangle((x0, y0, x1, y1), outline="black")
+    draw.text((x0, y0 - 16), title, "black", font)
+
+
+def read_log(path):
+    """The records of a log.jsonl; damaged lines are dropped with a warning."""
+    records, damaged = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                record["step"], record["loss"]
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+    if damaged:
+        print(f"warning: {path}: {damaged} damaged lines dropped")
+    return records
+
+
+def draw_curves(path, logs):
+    """Writes a PNG of runs' log.jsonl, a color per run: the loss over steps, smoothed, the raw one pale behind it, and
+    the first metric of each folder over epochs; returns {run: last metrics}. ValueError for a log without a step."""
+    panels, last = {"loss over steps": []}, {}
+    for log, color in zip(logs, COLORS * len(logs)):
+        records, metrics, name = read_log(log), {}, os.path.dirname(log) or log
+        points = [(r["step"], r["loss"]) for r in records if "eval" not in r]
+        if not points:
+            raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
+        steps, losses = np.array(points).T
+        window = max(1, len(steps) // 40)
+        pale = tuple(160 + value * 95 // 255 for value in ImageColor.getrgb(color))
+        panels["loss over steps"].insert(0, (pale, steps, losses))
+        panels["loss over steps"].append((color, steps[window - 1:], np.convolve(losses, np.ones(window) / window, "valid")))
+        for record in records:
+            for title, value in first_metrics(record.get("eval", {})).items():
+                metrics.setdefault(title, []).append((record["epoch"], 100 * value))
+        for title, found in metrics.items():
+            panels.setdefault(f"{title}, %, over epochs", []).append((color, *np.array(found).T))
+        last[name] = {title: found[-1][1] / 100 for title, found in metrics.items()}
+    image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
+    for number, (title, series) in enumerate(panels.items()):
+        plot(ImageDraw.Draw(image), 420 * number, title, series)
+    for number, (name, color) in enumerate(zip(last, COLORS * len(logs))):
+        ImageDraw.Draw(image).text((50, 320 + 16 * number), name, color, ImageFont.load_default(12))
+    image.save(path)
+    return last
 
 
 # -----------------------------------------------------------------------------
@@ -559,14 +663,13 @@ def infer_config(state):
 
 
 def table(results):
-    """{name: metrics} as an aligned Markdown table, in percent; several classification folders get an average row.
-    Retrieval columns are named image@1 and so on, short for CLIP_benchmark's image_retrieval_recall@1."""
+    """{name: metrics} as an aligned Markdown table, in percent; several classification folders get an average row."""
     rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
         rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified)
                            for name in classified[0]}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
+    cells = [["", *map(short, names)]]
     for row, metrics in rows.items():
         cells.append([row, *(str(metrics[name]) if name == "failed" and name in metrics else
                              f"{100 * metrics[name]:.2f}" if name in metrics else "" for name in names)])
@@ -578,7 +681,12 @@ def table(results):
 
 
 def run(options):
-    """Loads the checkpoint, evaluates all that was asked for, prints the table."""
+    """Loads the checkpoint, evaluates all that was asked for, prints the table; or draws the curves of runs."""
+    if options.curves:
+        print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
+        return
+    if not options.checkpoint:
+        raise ValueError("name a checkpoint, such as out/ckpt.pt, or logs with --curves")
     if bool(options.sugarcrepe) != bool(options.images):
         raise ValueError("--sugarcrepe and --images go together: the json files, and COCO's val2017 images")
     model, tokenizer, config = load(options.checkpoint, options.vocab, options.quick_gelu)
@@ -603,7 +711,7 @@ def run(options):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description="Evaluates a CLIP checkpoint.")
-    parser.add_argument("checkpoint", help="a file of clip_pgs.py, open_clip, OpenAI or the CLIP-PGS authors")
+    parser.add_argument("checkpoint", nargs="?", help="a file of clip_pgs.py, open_clip, OpenAI or the CLIP-PGS authors")
     parser.add_argument("--data", nargs="+", default=(), metavar="DIR",
                         help="folders in CLIP_benchmark's layout; without it those of --val in training")
     parser.add_argument("--probe", action="store_true", help="also a linear probe, of folders with labelled train/")
@@ -613,6 +721,8 @@ def main():
     parser.add_argument("--quick-gelu", action="store_true", help="for OpenAI's weights in a plain state dict")
     parser.add_argument("--json", default="", metavar="FILE", help="write the metrics, with CLIP_benchmark's names")
     parser.add_argument("--pictures", default="", metavar="DIR", help="write a PNG of what was found or mistaken")
+    parser.add_argument("--curves", nargs="+", default=(), metavar="LOG", help="draw the curves of runs' log.jsonl to "
+                        "curves.png and print their last metrics; no checkpoint is needed")
     parser.add_argument("--workers", type=int, default=4, help="threads that read and decode images")
     try:
         run(parser.parse_args())

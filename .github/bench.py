@@ -1,0 +1,312 @@
+"""Measures this project; run it from the project's folder. The figures of the README come from here.
+
+    python .github/bench.py step                     what a training step costs under each mask, on made-up batches
+    python .github/bench.py data SHARDS              what one core reads, decodes, augments and tokenises a second
+    python .github/bench.py masks SHARDS             what each part of pgs does to the masks of photographs
+    python .github/bench.py open_clip step|data SHARD --vocab bpe_simple_vocab_16e6.txt.gz    against open_clip, in turns
+
+`open_clip` needs open_clip_torch[training]. Everything that is compared runs in turns in one process.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, os.getcwd())
+import clip_pgs
+import data
+import evaluate
+
+# Training time relative to CLIP's, as the papers report it: Pei et al. 2025 for the masks, Yang et al. 2023 for two views.
+PAPERS = {"none": 1.0, "random 0.5": 0.5, "cluster 0.5": 0.6, "pgs 0.5": 0.5, "pgs 0.3 0.5": 0.6,
+          "A-CLIP": 1.16, "A-CLIP, EMA at half size": 0.86}
+ROWS = {"none": dict(mask="none"), **{f"{mask} 0.5": dict(mask=mask) for mask in clip_pgs.MASKS[1:]},
+        "pgs 0.3 0.5": dict(ratio=(0.3, 0.5)), "pgs 0.5, 8 text tokens": dict(text_tokens=8),
+        "attentive 0.5, EMA at half size": dict(mask="attentive", ema_size=112),
+        "pgs 0.5, two views": dict(views=2), "A-CLIP": dict(mask="attentive", views=2, contrast=("simclr", "byol")),
+        "A-CLIP, EMA at half size": dict(mask="attentive", views=2, contrast=("simclr", "byol"), ema_size=112)}
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
+
+
+def markdown(rows):
+    """Prints a list of {column: cell} as a Markdown table."""
+    lines = [[*rows[0]], ["---:"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
+    for line in lines:
+        print("| " + " | ".join(map(str.rjust, line, widths)) + " |", flush=True)
+
+
+def timed(device, work):
+    """(seconds, result) of work(), all of it done on the device."""
+    synchronize = torch.get_device_module(device).synchronize  # of a CPU: does nothing
+    synchronize()
+    start = time.perf_counter()
+    result = work()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+def peak_memory(device):
+    """GiB held at most since the last call: by the tensors of a GPU, else by the whole process (Linux, else nan)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2 ** 30
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # forgets the highest point when the file is closed, which is after the next line
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20  # from kB
+
+
+def made_up_batch(config):
+    """(images, boxes, tokens, decoded) on the CPU: noise of two scales, which leaves a range of ratios something to
+    decide, and captions as long as CC12M's, 25 tokens on average, or text_tokens at most."""
+    B, size, end = config.batch_size * config.accum, config.image_size, config.vocab_size - 1
+    blobs = F.interpolate(torch.rand(B, 3, 28, 28), (size, size), mode="bicubic")
+    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte().expand(3, -1, -1, -1, -1)
+    images = images[:config.views + (config.views > 1)].contiguous()
+    lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
+    if config.text_tokens:
+        lengths = lengths.clamp(max=config.text_tokens + 2)
+    place, tokens = torch.arange(config.context_length), torch.randint(1, end, (B, config.context_length))
+    tokens = tokens.where(place < lengths - 1, 0).where(place != lengths - 1, end)
+    boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])[:config.views, None].expand(-1, B, -1).contiguous()
+    batch = images, boxes, tokens, torch.ones(B, dtype=torch.bool)
+    return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
+
+
+def bench_step(options):
+    """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU FLOP/s."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size, lr=0.0,
+                           batch_size=options.batch_size or (512 if on_gpu else 16), compile=options.compile,
+                           grad_checkpointing=options.grad_checkpointing,
+                           precision=options.precision or ("bf16" if on_gpu else "fp32"))
+    chosen = {name: replace(base, **changes) for name, changes in ROWS.items()
+              if not options.rows or name in options.rows or name == "none"}
+    clip, model, *_ = clip_pgs.build(base, {}, device)  # one model for all rows; learning rate 0: masks stay as they are
+    made, seconds, memory, kept, flops = {}, {name: [] for name in chosen}, {}, {}, {}
+    for name, config in chosen.items():
+        torch.manual_seed(0)
+        heads = clip_pgs.Heads(config).to(device) if config.contrast else None
+        ema = clip_pgs.copy.deepcopy(clip.visual) if config.mask == "attentive" or "byol" in config.contrast else None
+        made[name] = ema, heads, clip_pgs.make_optimizer(config, clip, *([heads] if heads else [])), made_up_batch(config)
+    rounds, warmup, alpha = options.rounds or (20 if on_gpu else 3), 3 if on_gpu else 1, 0.5
+    turns = [(number, name) for number in range(-warmup, rounds) for name in chosen]
+    for number, name in tqdm(turns, "bench", unit=" steps", leave=False):
+        config, (ema, heads, optimizer, (images, boxes, tokens, decoded)) = chosen[name], made[name]
+        noise = None if config.mask == "none" else clip_pgs.step_noise(config, 0, images.shape[1], device)
+        peak_memory(device)
+        step, (numbers, keep, valid) = timed(device, lambda: clip_pgs.train_step(
+            config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha))
+        memory[name], kept[name] = peak_memory(device), float(numbers["kept"])
+        there, there_boxes = images.to(device), boxes.to(device)
+
+        def mask():
+            attention = clip_pgs.teach(config, ema, there, there_boxes)[0] if ema else None
+            return noise is None or clip_pgs.batch_masks(config, clip.visual, attention, there[:config.views], noise, alpha)
+
+        in_mask, _ = timed(device, mask)
+        if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
+            with (torch.no_grad(), clip_pgs.autocast(config, device), FlopCounterMode(display=False) as counter,
+                  torch.compiler.set_stance("force_eager")):
+                clip(data.normalize(there[:config.views].flatten(0, 1)), tokens,
+                     *(x if x is None else x.flatten(0, 1) for x in (keep, valid)))
+            flops[name] = 3 * counter.get_total_flops()  # the backward pass costs about twice the forward pass
+        if number >= 0:
+            seconds[name].append((step, in_mask))
+    card = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
+    print(f"{base.model} at {base.image_size}, {base.batch_size} images, {base.precision}, {rounds} rounds"
+          f"{', compiled' * base.compile}{', checkpointing' * base.grad_checkpointing}, PyTorch {torch.__version__}, {card}")
+    table, none = [], np.median(seconds["none"], axis=0)[0]
+    for name in chosen:
+        step, in_mask = np.median(seconds[name], axis=0)
+        cells = {"mask": name, "kept": f"{kept[name]:.2f}", "images/s": f"{base.batch_size / step:.1f}",
+                 "time": f"{step / none:.2f}", "papers": PAPERS.get(name, ""), "in mask": f"{in_mask / step:.1%}",
+                 "GiB": f"{memory[name]:.1f}"}
+        if on_gpu:
+            peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in card), math.nan)
+            cells |= {"TFLOP/s": f"{flops[name] / step / 1e12:.0f}", "MFU": f"{flops[name] / step / 1e12 / peak:.1%}"}
+        table.append(cells)
+    markdown(table)
+
+
+def bench_data(options):
+    """Prints how many images one core reads, decodes, augments and tokenises a second."""
+    torch.set_num_threads(1)
+    shards = data.expand(options.shards)
+    index, _ = data.build_index(shards)
+    rows = index[::max(1, math.ceil(len(index) / 512))]
+    merges = data.learn_merges(data.sample_captions(shards, index), 49408 - 514)
+    print(f"{len(rows)} samples, {merges.count(chr(10)) + 1} merges, crops of {options.image_size} pixels")
+    order, rng, seconds = np.arange(len(rows))[None], np.random.default_rng(0), defaultdict(list)
+    for number in range(4):  # the first pass may meet a cold disk
+        tokenizer, spent = data.Tokenizer(merges), Counter()  # one that has no word in its cache
+        for row in rows:
+            start = time.perf_counter()
+            shard = shards[row["shard"]]
+            raw, caption = data.read_bytes(shard, row["image"], row["image_size"]), data.captions(shard, row)[0]
+            read = time.perf_counter()
+            image = data.decode_image(raw)
+            decoded = time.perf_counter()
+            data.crops(image, data.random_box(*image.size, (0.9, 1.0), rng)[None], options.image_size)
+            augmented = time.perf_counter()
+            tokenizer.encode([caption])
+            spent += Counter(read=read - start, decode=decoded - read, augment=augmented - decoded,
+                             tokenise=time.perf_counter() - augmented)
+        start = time.perf_counter()
+        data.Batches(shards, rows, order, data.Tokenizer(merges), options.image_size, (0.9, 1.0), (0, 0))[0]
+        for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
+            seconds[stage] += [time_spent] if number else []
+    markdown([{"stage": stage, "images/s per core": f"{len(rows) / np.median(times):.0f}",
+               "ms per image": f"{1000 * np.median(times) / len(rows):.3f}"} for stage, times in seconds.items()])
+
+
+def bench_masks(options):
+    """Prints what the parts of each mask change on the first photographs of shards, at 224/16, alpha 0 or 0.5."""
+    shards, config = data.expand(options.shards), clip_pgs.Config()
+    index, _ = data.build_index(shards)
+    index = index[::max(1, len(index) // options.images)][:options.images]
+    images = data.normalize(torch.stack([evaluate.resize_and_crop(data.to_rgb(data.decode_image(data.read_bytes(
+        shards[row["shard"]], row["image"], row["image_size"]))), 224) for row in index]))
+    torch.manual_seed(0)
+    visual, edges = clip_pgs.CLIP(config).visual, clip_pgs.sobel_edges(images)
+    noises = torch.rand(2, len(images), 197, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embeddings, attention = visual.patch_tokens(images), clip_pgs.class_attention(visual, images)[0]
+
+    def removed(mask, noise, **changes):
+        keep, _ = clip_pgs.make_mask(mask, images, (0.5,), noise=noise, **dict(attention=attention) | changes)
+        return torch.ones(len(images), 196).scatter(1, keep, 0.0)
+
+    mixed = dict(alpha=0.5, embeddings=embeddings)
+    rows = {"random": ("random", {}, None), "center": ("center", {}, None), "cluster": ("cluster", {}, None),
+            "attentive": ("attentive", {}, None), "pgs": ("pgs", {}, None),
+            "pgs --no-edges": ("pgs", dict(edges=False), {}), "pgs --no-transport": ("pgs", dict(transport=False), {}),
+            "pgs, alpha 0.5": ("pgs", mixed, None), "pgs --no-embeddings, alpha 0.5": ("pgs", {}, mixed),
+            "cluster --no-embeddings, alpha 0.5": ("cluster", {}, mixed)}
+    table = []
+    for name, (mask, changes, against) in rows.items():
+        first, second = (removed(mask, noise, **changes) for noise in noises)
+        changed = "" if against is None else f"{(first * (1 - removed(mask, noises[0], **against))).sum(1).mean():.1f}"
+        table.append({"mask": name, "patches changed": changed,
+                      "edges kept": f"{((1 - first) * edges).sum(1).div(edges.sum(1)).mean():.2f}",
+                      "differ between two draws": f"{(first * (1 - second)).sum(1).mean():.1f}"})
+    print(f"{len(images)} photographs, 98 of 196 patches removed, ViT-B-16 with random weights")
+    markdown(table)
+
+
+def in_turns(contestants, rounds):
+    """{name: median seconds} of functions called one after the other, again and again."""
+    seconds = {name: [] for name in contestants}
+    for number in range(rounds + 1):  # the first round is warm-up
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.median(times[1:]) for name, times in seconds.items()}
+
+
+def their_step(patch_dropout, images, tokens):
+    """A function that makes one training step as open_clip's main program does."""
+    import open_clip
+    model = open_clip.create_model("ViT-B-16", force_patch_dropout=patch_dropout)
+    exclude = [p for name, p in model.named_parameters()
+               if p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))]
+    known = {id(p) for p in exclude}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW([{"params": exclude, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}],
+                                  lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    loss = open_clip.ClipLoss()
+
+    def step():
+        optimizer.zero_grad()
+        loss(*model(images, tokens)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+    return step
+
+
+def our_step(mask, pixels, tokens):
+    """The same with this project's training step, mask included."""
+    config = clip_pgs.Config(mask=mask, batch_size=len(tokens))
+    clip, model, optimizer, ema, heads = clip_pgs.build(config, {}, torch.device("cpu"))
+    noise, boxes = None if mask == "none" else torch.rand(1, len(tokens), 197), torch.zeros(1, len(tokens), 4)
+    decoded = torch.ones(len(tokens), dtype=torch.bool)
+    return lambda: clip_pgs.train_step(config, model, optimizer, ema, heads, pixels[None], boxes, tokens, decoded, noise,
+                                       0.5)
+
+
+def bench_open_clip(options):
+    """Prints our images/s, open_clip's and their ratio, for a training step or for the data pipeline."""
+    import logging
+
+    import open_clip
+    from open_clip_train.data import get_wds_dataset
+    index, _ = data.build_index([options.shard])
+    B = options.batch_size or 16
+    if options.what == "step":  # ViT-B/16 in float32, random pixels and real captions
+        tokens = open_clip.get_tokenizer("ViT-B-16")([data.captions(options.shard, row)[0] for row in index[:B]])
+        pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
+        images = data.normalize(pixels)
+        ours = {mask: our_step(mask, pixels, tokens) for mask in ("none", "random", "pgs")}
+        theirs = {"open_clip": their_step(0.0, images, tokens), "patch dropout 0.5": their_step(0.5, images, tokens)}
+        seconds = in_turns(theirs | ours, options.rounds or 5)
+        for name in ours:
+            base = "open_clip" if name == "none" else "patch dropout 0.5"
+            print(f"{name}: {B / seconds[name]:.2f} images/s, open_clip{'' if name == 'none' else ', ' + base}: "
+                  f"{B / seconds[base]:.2f} images/s, {seconds[base] / seconds[name]:.2f} x")
+        return
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)
+    order = data.epoch_order(index, 0, 0)[:len(index) // B * B].reshape(-1, B)
+    ours = data.Batches([options.shard], index, order, data.Tokenizer.from_file(options.vocab), 224, (0.9, 1.0), (0, 0))
+    theirs = get_wds_dataset(
+        SimpleNamespace(train_data=options.shard, train_num_samples=order.size, train_data_upsampling_factors=None,
+                        seed=0, workers=0, world_size=1, batch_size=B),
+        open_clip.image_transform(224, is_train=True, aug_cfg={"scale": (0.9, 1.0)}), is_train=True,
+        tokenizer=open_clip.get_tokenizer("ViT-B-16")).dataloader
+    seconds = in_turns({"open_clip": lambda: [None for _ in theirs],
+                        "ours": lambda: [ours[number] for number in range(len(order))]}, options.rounds or 5)
+    print(f"{order.size} images, one thread: ours {order.size / seconds['ours']:.0f} images/s, open_clip "
+          f"{order.size / seconds['open_clip']:.0f} images/s, {seconds['open_clip'] / seconds['ours']:.2f} x")
+
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+commands = parser.add_subparsers(dest="command", required=True)
+step = commands.add_parser("step")
+step.add_argument("--model", default="ViT-B-16")
+step.add_argument("--image-size", type=int, default=224)
+step.add_argument("--patch-size", type=int, default=16)
+step.add_argument("--precision", default="")
+step.add_argument("--rows", nargs="+", default=(), help=f"some of: {', '.join(ROWS)}; beside none")
+step.add_argument("--compile", action="store_true")
+step.add_argument("--grad-checkpointing", action="store_true")
+timing = commands.add_parser("data")
+timing.add_argument("shards", nargs="+")
+timing.add_argument("--image-size", type=int, default=224)
+masks = commands.add_parser("masks")
+masks.add_argument("shards", nargs="+")
+masks.add_argument("--images", type=int, default=80)
+against = commands.add_parser("open_clip")
+against.add_argument("what", choices=("step", "data"))
+against.add_argument("shard")
+against.add_argument("--vocab")
+for command in (step, against):
+    command.add_argument("--batch-size", type=int, default=0)
+    command.add_argument("--rounds", type=int, default=0)
+options = parser.parse_args()
+{"step": bench_step, "data": bench_data, "masks": bench_masks, "open_clip": bench_open_clip}[options.command](options)
