@@ -47,8 +47,8 @@ import evaluate
 
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option of the command line, and what the
-# checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of CLIP-PGS
-# published; its recipe for CC12M is the default. "Ours" means that we chose the value.
+# checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of
+# CLIP-PGS published; its recipe for CC12M is the default. "Ours" means that we chose the value.
 
 
 def knob(default, meaning, least=0):
@@ -106,8 +106,9 @@ class Config:
     show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
 
 
-# Width and layers of the image tower, of the text tower, size of the embedding. Heads are 64 wide, as in CLIP's
-# ViTs. B and L are CLIP's (Radford et al. 2021); S pairs DeiT's small ViT with a text tower of its width.
+# Width and layers of the image tower, of the text tower, size of the embedding. Heads are 64 wide, as in
+# CLIP's ViTs. B and L are CLIP's (Radford et al. 2021); S pairs DeiT's small ViT with a text tower of its
+# width.
 SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-L-16": "1024x24-768x12-768",
          "demo": "128x4-64x2-128"}
 HEAD_WIDTH = 64
@@ -158,8 +159,8 @@ def check(config):
 #
 # The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask.
 #
-# Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an embedding,
-# T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
+# Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an
+# embedding, T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
@@ -188,15 +189,16 @@ def patchify(images, patch_size):
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
     Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros.
-    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection; the release differs (README)."""
+    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection; the release differs
+    (README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # The gradient ignores constants, so we subtract the first pixel. A flat image then gives exactly zero, not
-    # rounding noise, which the min-max scaling would blow up.
+    # The gradient ignores constants, so we subtract the first pixel. A flat image then gives exactly zero,
+    # not rounding noise, which the min-max scaling would blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
@@ -207,24 +209,24 @@ def sobel_edges(images, patch_size=16):
 
 def pgs_candidates(edges, noise):
     """(B, C) indices of the few patches proposed for removal, those with the highest `noise - edges`.
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and not
-    the same ones every time. CLIP-PGS, generation."""
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and
+    not the same ones every time. CLIP-PGS, generation."""
     return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
-    The cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not matter). With
-    embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings."""
+    The cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not matter).
+    With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings."""
     def cosines(x):
         z = F.normalize(x, dim=-1)                        # (B, L, D)
         return z @ z.transpose(1, 2)                      # (B, L, L)
 
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself divides by the deviation
-    # After subtracting the mean, a patch of one grey is zero plus rounding noise, and the cosine would turn that
-    # noise into a random direction. We append the same small number to every patch. Patches of one grey then
-    # point the same way, and the others hardly change.
+    # After subtracting the mean, a patch of one grey is zero plus rounding noise, and the cosine would turn
+    # that noise into a random direction. We append the same small number to every patch. Patches of one grey
+    # then point the same way, and the others hardly change.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
         return S
@@ -257,7 +259,8 @@ def sinkhorn(similarity, eps=EPS, iterations=20):
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
-    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all that may be removed."""
+    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all that may be
+    removed."""
     if transport:
         similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
@@ -274,8 +277,8 @@ def block_mean(x, rows, columns):
 def remove(score, ratio, noise, counted=None, share=None):
     """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
     The number removed is the number of scores, or of those `counted` (B, L), above 0.5, clamped to the range
-    `ratio`; with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those with
-    the highest noise (B, L) go first."""
+    `ratio`; with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those
+    with the highest noise (B, L) go first."""
     L = score.shape[1]
     low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
     count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
@@ -284,8 +287,9 @@ def remove(score, ratio, noise, counted=None, share=None):
     order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise must part ties
     rank = order.argsort(1)                                                    # (B, L) 0: the first to go
     removed = (rank < count[:, None]).byte()
-    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the largest
-    # number that the ratio allows. Only the GPU knows the batch's true maximum, and the CPU would have to wait.
+    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the
+    # largest number that the ratio allows. Only the GPU knows the batch's true maximum, and the CPU would
+    # have to wait.
     keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
     if low == high:
         return keep, None
@@ -297,12 +301,12 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image, by cluster and pgs from its pixels; then K is the most that any
-    image keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else
-    from generator. cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see
-    `VisionTransformer.patch_tokens`. attentive needs attention (B, L), see `class_attention`. pgs can do without
-    edges or transport, the paper's ablation. An image's mask does not depend on the other images of its batch.
-    ValueError for an unknown name or ratio."""
+    (low, high) with the number chosen per image, by cluster and pgs from its pixels; then K is the most that
+    any image keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or
+    else from generator. cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see
+    `VisionTransformer.patch_tokens`. attentive needs attention (B, L), see `class_attention`. pgs can do
+    without edges or transport, the paper's ablation. An image's mask does not depend on the other images of
+    its batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
     L = grid[0] * grid[1]
@@ -340,8 +344,8 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
 
 
 # -----------------------------------------------------------------------------
-# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and open_clip,
-# so that weights load strictly in both directions.
+# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
+# open_clip, so that weights load strictly in both directions.
 #
 # Captions have different lengths. So have images if `--ratio` is a range. Padding is not computed: everything
 # but attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded
@@ -540,14 +544,16 @@ class CLIP(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention, BYOL predicts its token.
+# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention, BYOL predicts its
+# token.
 
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
     """How much the class token attends to each patch, mean over layers and heads, (B, L), and what the tower makes
-    of the class token, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself.
-    With size, a multiple of the patch size, the tower looks at images of that side (A-CLIP's efficient version)."""
+    of the class token, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to
+    itself. With size, a multiple of the patch size, the tower looks at images of that side (A-CLIP's
+    efficient version)."""
     grid, rows = images.shape[-1] // visual.patch_size, []
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -599,9 +605,9 @@ def gather(x):
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
     """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, E), which it normalises.
-    logit_scale multiplies the cosines. Pairs that are not decoded (B,) bool are left out, as rows and as columns.
-    Each rank compares its own pairs with the pairs of all ranks. The mean of what the ranks return is the loss of
-    the whole batch, and the mean of their gradients, which DDP takes, is its gradient."""
+    logit_scale multiplies the cosines. Pairs that are not decoded (B,) bool are left out, as rows and as
+    columns. Each rank compares its own pairs with the pairs of all ranks. The mean of what the ranks return
+    is the loss of the whole batch, and the mean of their gradients, which DDP takes, is its gradient."""
     B, (rank, world_size) = len(image_features), ranks()
     if decoded is None:
         decoded = torch.ones(B, dtype=torch.bool, device=image_features.device)
@@ -616,10 +622,10 @@ def clip_loss(image_features, text_features, logit_scale, decoded=None):
 
 
 # -----------------------------------------------------------------------------
-# Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and the
-# CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the class tokens
-# of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses depend neither
-# on the number of ranks nor on --accum.
+# Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
+# the CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the
+# class tokens of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses
+# depend neither on the number of ranks nor on --accum.
 
 
 def nt_xent(a, b, temperature=0.1):
@@ -700,8 +706,8 @@ def learning_rate(step, total_steps, peak, warmup):
 
 def step_noise(config, step, global_batch, device):
     """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
-    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum. The
-    seed is a hash of the run's seed and the step."""
+    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum.
+    The seed is a hash of the run's seed and the step."""
     (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
@@ -723,8 +729,8 @@ def parts_of(config, batch):
 @torch.no_grad()
 def teach(config, ema, images, boxes):
     """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D).
-    images (V + 1, B, 3, H, W) uint8: the last one lies around both views, which are the parts boxes (V, B, 4) of
-    it. A single view (1, B, 3, H, W) is seen itself."""
+    images (V + 1, B, 3, H, W) uint8: the last one lies around both views, which are the parts boxes (V, B, 4)
+    of it. A single view (1, B, 3, H, W) is seen itself."""
     with autocast(config, images.device):
         seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
                 for part in parts_of(config, images.shape[1])]
@@ -752,10 +758,10 @@ def batch_masks(config, visual, attention, images, noise, alpha):
 
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
     """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns this rank's loss.
-    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,) bool, taught (B, D).
-    One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts without
-    gradient, the loss and its gradient at the features, then each part again, backward from that gradient. The
-    result is exact."""
+    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,) bool, taught (B,
+    D). One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts
+    without gradient, the loss and its gradient at the features, then each part again, backward from that
+    gradient. The result is exact."""
     def features(part):
         with autocast(config, images.device):
             image, text, scale, token = model(data.normalize(images[:, part].flatten(0, 1)), tokens[part],
@@ -784,8 +790,8 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
     image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
     for part in parts:
         last = part is parts[-1]
-        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough. The
-        # gradient of the temperature belongs to all parts: it, too, goes in once.
+        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough.
+        # The gradient of the temperature belongs to all parts: it, too, goes in once.
         with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
             torch.autograd.backward(features(part), (image[:, part], text[part], scale * last, token[:, part]))
     return loss.detach()
@@ -793,8 +799,9 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
 
 def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
     """One update on a local batch: (numbers of this rank for the log, keep, valid).
-    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step sees
-    whole images. At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once per pass."""
+    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step
+    sees whole images. At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once
+    per pass."""
     clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
     images, boxes, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, boxes, decoded))
     if ema and (noise is not None or config.contrast):
@@ -821,7 +828,8 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
 
 # -----------------------------------------------------------------------------
 # The run: everything around the steps. Order, crops and masks depend only on seed and step, so no random
-# generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare` returns.
+# generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare`
+# returns.
 
 
 def claim(config):
@@ -859,7 +867,8 @@ def load_data(config):
 
 def build(config, state, device):
     """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them.
-    model is clip, in DDP if there are several ranks; ema is the teacher or None, heads are those of --contrast."""
+    model is clip, in DDP if there are several ranks; ema is the teacher or None, heads are those of
+    --contrast."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     heads = Heads(config).to(device) if config.contrast else None
@@ -954,7 +963,8 @@ def epoch_loader(run, epoch, steps):
 
 def train_epoch(run, epoch, log, requests):
     """Trains to the end of the epoch, or until a rank has a signal in `requests`: (records, stopped).
-    Each step adds its record, a line of json, to the file `log`. ValueError if too many samples do not decode."""
+    Each step adds its record, a line of json, to the file `log`. ValueError if too many samples do not
+    decode."""
     config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
@@ -1146,8 +1156,9 @@ def main():
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
         fault, patience = (f"error: {line}", min(rank, 1)) if line else (traceback.format_exc(), 5)
     if world_size > 1 and fault:
-        # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost the
-        # connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for their end.
+        # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost
+        # the connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for
+        # their end.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(patience)
     return fault

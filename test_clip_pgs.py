@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -552,6 +553,20 @@ def test_the_same_generator_makes_the_same_mask_also_under_autocast_and_another_
     with torch.autocast("cpu", torch.bfloat16):
         assert first.equal(masked("pgs", noise_images(4), (0.5,), seed=0)[0])
     assert not first.equal(masked("pgs", noise_images(4), (0.5,), seed=1)[0])
+
+
+def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
+    readme, source = (open(os.path.join(HERE, name), encoding="utf-8").read() for name in ("README.md", "clip_pgs.py"))
+    names, branch = re.search(r'^    (MASKS = .*"bright"\))\n\n((?:    .*\n)+)', readme, re.M).groups()
+    source = re.sub(r"^MASKS = .*$", names, source, flags=re.M)
+    place = '        if name == "cluster":'
+    assert source.count(place) == 1
+    (tmp_path / "mine.py").write_text(source.replace(place, re.sub("^", "    ", branch, flags=re.M).rstrip(" ") + place))
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine
+    keep, _ = mine.make_mask("bright", noise_images(2), (0.5,), patch_size=4)
+    expected = clip_pgs.patchify(noise_images(2), 4).mean(-1).argsort(1)[:, :8].sort(1).values
+    assert keep.equal(expected)
 
 
 @pytest.mark.parametrize("mask, ratio, options, says", [
@@ -1998,6 +2013,34 @@ def test_removed_patches_are_grey_in_the_picture_and_kept_ones_as_they_were():
     assert evaluate.masked(images, keep, valid, 4).equal(expected)
 
 
+def dark(picture, left):
+    """Where a curve's color lies in a panel of curves.png: the pixels that are neither grey nor white."""
+    panel = np.asarray(picture).astype(int)[41:290, left + 51:left + 400]
+    return (panel.max(-1) - panel.min(-1) > 120).any(0)
+
+
+def test_curves_show_losses_and_metrics_of_several_runs(tmp_path, monkeypatch, capsys):
+    for run, slope in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / run).mkdir()
+        lines = [dict(step=i, epoch=1 + i // 50, loss=5 - slope * i / 50) for i in range(1, 101)]
+        lines += [dict(step=50 * e, epoch=e, loss=1, eval={"x/pets": {"acc1": slope * e / 4}, "x/bad": {"failed": "why"}})
+                  for e in (1, 2)]
+        (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbroken")
+    logs = [str(tmp_path / run / "log.jsonl") for run in "ab"]
+    assert evaluate.draw_curves(str(tmp_path / "curves.png"), logs) == {
+        str(tmp_path / run): {"pets acc1": value} for run, value in (("a", 0.5), ("b", 0.25))}
+    picture = Image.open(tmp_path / "curves.png")
+    assert picture.size == (2 * 420, 330 + 2 * 16) and dark(picture, 0).mean() > 0.9 and dark(picture, 420).mean() > 0.9
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--curves", *logs])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "50.00 |" in printed and "25.00 |" in printed and "wrote curves.png" in printed
+    (tmp_path / "a" / "log.jsonl").write_text("\0\0")
+    with pytest.raises(SystemExit, match="^error: [^\n]*a/log.jsonl: no training step in it"):
+        evaluate.main()
+
+
 # -----------------------------------------------------------------------------
 # evaluate.py: weights.
 
@@ -2028,10 +2071,44 @@ def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path):
     assert not found.quick_gelu and model.visual.proj.equal(state["module.visual.proj"])
 
 
-def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip):
+def write_safetensors(path, tensors):
+    """As the format's page describes it: the header's length in 8 bytes, the header in json, the raw tensors."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in tensors.items():
+        raw = x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""
+        header[name] = dict(dtype={torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}[x.dtype],
+                            shape=list(x.shape), data_offsets=[len(body), len(body) + len(raw)])
+        body += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def test_weights_are_read_as_they_are_published(tmp_path):
+    state = CLIP(Config(model="128x1-64x1-32", image_size=32, context_length=9)).state_dict()
+    write_safetensors(tmp_path / "a.safetensors", {name: x.half() if x.ndim > 1 else x for name, x in state.items()})
+    torch.save({"state_dict": {f"module._orig_mod.{name}": x for name, x in state.items()}, "epoch": np.float64(3),
+                "step": np.int64(7)}, tmp_path / "b.pt")
+    for name, tolerance in (("a.safetensors", 1e-2), ("b.pt", 0)):
+        model, _, _ = evaluate.load(str(tmp_path / name), gzip_vocab(tmp_path / "vocab.gz"))
+        assert all(x.allclose(state[key], atol=tolerance) for key, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name, raw, says", [
+    ("a.pt", gzip.compress(b"x" * 999), "compressed by gzip"), ("a.pt", b"version https://git-lfs.github.com/spec/v1\n",
+                                                               "git lfs pull"), ("a.safetensors", b"{}" * 9, "damaged")])
+def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, name, raw, says):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"^[^\n]*{name}: [^\n]*{says}[^\n]*$"):
+        evaluate.load(str(tmp_path / name))
+    with pytest.raises(ValueError, match="Is a directory"):
+        evaluate.load(str(tmp_path))
+
+
+def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip, capsys):
     torch.save(small_clip[0].state_dict(), tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
         evaluate.load(str(tmp_path / "foreign.pt"))
+    assert "OpenAI trained need --quick-gelu" in capsys.readouterr().err
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, small_clip):
