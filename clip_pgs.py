@@ -6,9 +6,9 @@
     python clip_pgs.py --show-masks photo.jpg --ratio 0.5     draw what each mask leaves of a photograph
     python clip_pgs.py --help                                 every option, its default and meaning
 
-CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar features. Most
-of the cost is the image encoder, and most patches of an image repeat their neighbours. Six masks choose which
-patches the encoder sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP), attentive (A-CLIP) and
+CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar features.
+Most of the cost is the image encoder, and most patches of an image repeat their neighbours. Six masks choose
+which patches it sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP), attentive (A-CLIP) and
 pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080), which is what this file is about.
 
 The story, top to bottom: config, masks, model, teacher, losses, optimizer, one step. A reader may stop there:
@@ -45,16 +45,15 @@ from tqdm import tqdm
 import data
 import evaluate
 
+
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option of the command line, and what the
 # checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of
 # CLIP-PGS published; its recipe for CC12M is the default. "Ours" means that we chose the value.
 
-
 def knob(default, meaning, least=0):
     """A Config field with its help text and, if it is a number, its least value."""
     return field(default=default, metadata={"help": meaning, "least": least})
-
 
 @dataclass
 class Config:
@@ -114,10 +113,9 @@ SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-
 HEAD_WIDTH = 64
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
-DEMO = dict(model="demo", image_size=64, patch_size=16, context_length=24, vocab_size=1024, batch_size=128,
-            epochs=8, unmasked_epochs=1.0, lr=2e-3, warmup=50, workers=1,
+DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_size=1024, batch_size=256,
+            epochs=8, unmasked_epochs=1.5, lr=3e-3, warmup=50, workers=1,
             val=("demo/seen", "demo/unseen", "demo/retrieval"))
-
 
 def tower_sizes(model):
     """(width, layers, text width, text layers, E) of a name in SIZES, or of numbers written as there."""
@@ -125,7 +123,6 @@ def tower_sizes(model):
     if not found:
         raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
     return tuple(map(int, found.groups()))
-
 
 def check(config):
     """ValueError with one line for the first option whose value cannot work."""
@@ -135,15 +132,15 @@ def check(config):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
     tower_sizes(config.model)
     check_mask(config.mask, config.ratio)
-    multiple = f"a multiple of --patch-size {config.patch_size}"
+    P, low, *rest = config.patch_size, *config.scale
     for works, option, rule in (
-            (config.image_size % config.patch_size == 0, "image_size", multiple),
-            (config.ema_size % config.patch_size == 0, "ema_size", multiple),
+            (config.image_size % P == 0, "image_size", f"a multiple of --patch-size {P}"),
+            (config.ema_size % P == 0, "ema_size", f"a multiple of --patch-size {P}"),
             (config.views <= 2, "views", "1 or 2"),
             (config.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32"),
             ({*config.contrast} <= {"simclr", "byol"}, "contrast", "simclr, byol or both"),
             (not config.contrast or config.views == 2, "contrast", "used with --views 2"),
-            (len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1, "scale", "0 < low <= high <= 1")):
+            (len(rest) == 1 and 0 < low <= rest[0] <= 1, "scale", "two numbers, 0 < low <= high <= 1")):
         if not works:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be {rule}")
 
@@ -165,8 +162,7 @@ def check(config):
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
-EPS = 0.05         # of optimal transport: the smaller, the more mass stays with a patch's nearest twins (ours)
-
+EPS = 0.05         # of optimal transport: the smaller, the more mass stays with the nearest twins (ours)
 
 def check_mask(name, ratio):
     """ValueError unless name is one of MASKS and ratio one share of patches, or a range of two, in [0, 1)."""
@@ -176,15 +172,13 @@ def check_mask(name, ratio):
         raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and "
                          "below 1, or a range of two, low then high")
 
-
 def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, each as channel, row, column. ValueError for a bad size."""
+    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a bad P."""
     (B, C, H, W), P = images.shape, patch_size
     if H % P or W % P:
         raise ValueError(f"--patch-size {P}: does not divide images of {H}x{W}")
     patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
     return patches.reshape(B, H // P * (W // P), C * P * P)
-
 
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
@@ -206,13 +200,11 @@ def sobel_edges(images, patch_size=16):
     edges = edges - edges.amin(1, keepdim=True)
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
-
 def pgs_candidates(edges, noise):
     """(B, C) indices of the few patches proposed for removal, those with the highest `noise - edges`.
     edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and
     not the same ones every time. CLIP-PGS, generation."""
     return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
-
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
@@ -232,7 +224,6 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
         return S
     return (1 - alpha) * S + alpha * cosines(embeddings.float())
 
-
 def balance(similarity, eps=EPS, iterations=20):
     """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
@@ -249,13 +240,11 @@ def balance(similarity, eps=EPS, iterations=20):
             u = (u / (kernel @ u)).sqrt()
         return similarity + eps * (u.log() + u.log().transpose(-1, -2))
 
-
 def sinkhorn(similarity, eps=EPS, iterations=20):
-    """The doubly stochastic matrix T nearest (in KL) to exp(similarity / eps): (B, L, L), same shape, float32.
+    """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L); float32.
     Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many
     twins shares its unit of mass with all of them; a patch that is like no other keeps it."""
     return ((balance(similarity, eps, iterations) - 1) / eps).exp()
-
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
@@ -265,14 +254,12 @@ def pgs_score(similarity, candidates, transport=True):
         similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
 
-
 def block_mean(x, rows, columns):
     """(B, L) -> (B, L): the mean of each patch's block of 2x2; x itself if a side of the grid is odd."""
     if rows % 2 or columns % 2:
         return x
     blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)                     # (B, 1, rows / 2, columns / 2)
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
-
 
 def remove(score, ratio, noise, counted=None, share=None):
     """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
@@ -295,11 +282,10 @@ def remove(score, ratio, noise, counted=None, share=None):
         return keep, None
     return keep, torch.arange(L - low, device=score.device) < (L - count)[:, None]
 
-
 @torch.no_grad()
 def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
               attention=None, edges=True, transport=True):
-    """The patches that the encoder gets to see: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
+    """The patches that the encoder sees: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
     (low, high) with the number chosen per image, by cluster and pgs from its pixels; then K is the most that
     any image keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or
@@ -321,7 +307,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             return remove(noise, ratio, noise, share=share)
         if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
             y, x = (torch.linspace(-1, 1, side, device=noise.device) for side in grid)
-            density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)          # 0.80 in the middle
+            density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)      # 0.80 in the middle
             return remove(-noise - density.flatten(), ratio, noise, share=share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
@@ -331,11 +317,12 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
-            chosen, transport = noise.topk(max(1, round(ANCHORS * L))).indices, False      # (B, C)
+            chosen, transport = noise.topk(max(1, round(ANCHORS * L))).indices, False  # (B, C)
         else:
             strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
             chosen = pgs_candidates(strength, noise)
-        score = counted = pgs_score(patch_similarity(images, patch_size, embeddings, alpha), chosen, transport)
+        similarity = patch_similarity(images, patch_size, embeddings, alpha)
+        score = counted = pgs_score(similarity, chosen, transport)
         # With a range, pixels alone decide how many patches go. Trained embeddings are so alike that nearly
         # every image would go to the end of the range.
         if len(ratio) == 2 and embeddings is not None and alpha > 0:
@@ -351,7 +338,6 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
 # but attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded
 # form, (B, K, D). `Slots` says how to get from one to the other.
 
-
 class Slots(NamedTuple):
     """Which slots of a padded batch hold a token, and where the N tokens lie among the B * K slots."""
     valid: torch.Tensor   # (B, K) bool
@@ -365,7 +351,6 @@ class Slots(NamedTuple):
         """(N, D) -> (B, K, D): the tokens in their slots, zeros in the others."""
         B, K = self.valid.shape
         return x.new_zeros(B * K, x.shape[1]).index_copy(0, self.places, x).view(B, K, -1)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
@@ -383,10 +368,10 @@ class Attention(nn.Module):
         if x.ndim == 2:
             qkv = slots.unpack(qkv)
         B, K, _ = qkv.shape
-        q, k, v = qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)   # (B, heads, K, 64) each
+        q, k, v = qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)  # (B, heads, K, 64)
         if rows is not None:
-            row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)  # (B, heads, 1, K)
-            rows.append(row[:, :, 0, 1:].mean(1))
+            row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)
+            rows.append(row[:, :, 0, 1:].mean(1))                                        # (B, K - 1)
         if first_only:
             q = q[:, :, :1]
         # Causal attention needs no mask: padding follows the valid tokens, which never look ahead.
@@ -395,13 +380,11 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)                                                 # (B, K, D)
         return self.out_proj(slots.pack(y) if x.ndim == 2 else y)
 
-
 class QuickGELU(nn.Module):
     """The approximation of GELU in OpenAI's weights."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
-
 
 class Block(nn.Module):
     """A pre-norm transformer layer."""
@@ -417,12 +400,11 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """(B, K, D), or (N, D) with its slots -> same shape; with first_only (B, 1, D), the first token alone.
+        """(B, K, D), or (N, D) with its slots -> same shape; with first_only, the first token, (B, 1, D).
         A list `rows` takes the first token's attention to the others, mean over the heads: (B, K - 1)."""
         y = self.attn(self.ln_1(x), slots, causal, first_only, rows)
         x = (x[:, :1] if first_only else x) + y
         return x + self.mlp(self.ln_2(x))
-
 
 class Transformer(nn.Module):
     """A stack of blocks."""
@@ -440,7 +422,7 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
     def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """As `Block.forward`; with first_only, the last layer computes the first token of each image alone."""
+        """As `Block.forward`; with first_only, the last layer computes the first token of each image."""
         for number, block in enumerate(self.resblocks, 1):
             only = first_only and number == len(self.resblocks)
             if only and x.ndim == 2:
@@ -451,7 +433,6 @@ class Transformer(nn.Module):
                 x = block(x, slots, causal, only, rows)
         return x
 
-
 def resize_positions(position, L):
     """Positional embeddings of a square grid, stretched to the grid of L patches: (old L, D) -> (L, D)."""
     side, wanted = math.isqrt(len(position)), math.isqrt(L)
@@ -459,7 +440,6 @@ def resize_positions(position, L):
         return position
     position = position.T.view(1, -1, side, side)
     return F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
-
 
 class VisionTransformer(nn.Module):
     """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches it is given."""
@@ -477,7 +457,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
 
     def patch_tokens(self, images, keep=None):
-        """Projections of the patches `keep` (B, K), or of all, plus their positional embeddings: (B, K, D)."""
+        """Projections of the patches `keep` (B, K), or of all, plus positional embeddings: (B, K, D)."""
         patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
@@ -492,7 +472,7 @@ class VisionTransformer(nn.Module):
         return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
 
     def class_token(self, images, keep=None, valid=None, rows=None):
-        """What the tower makes of the class token, (B, D); arguments as of `CLIP.encode_image`, `Block.forward`."""
+        """The class token at the end, (B, D); arguments as of `CLIP.encode_image` and `Block.forward`."""
         x, slots = self.embed(images, keep), None                        # (B, 1 + K, D)
         if valid is not None:
             valid = F.pad(valid, (1, 0), value=True)                     # the class token is always valid
@@ -501,7 +481,6 @@ class VisionTransformer(nn.Module):
             x = slots.pack(x)                                            # (N, D)
         x = self.transformer(x, slots, first_only=True, rows=rows)       # (B, 1, D)
         return self.ln_post(x[:, 0])
-
 
 class CLIP(nn.Module):
     """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
@@ -530,7 +509,7 @@ class CLIP(nn.Module):
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
-        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1     # last: each <end> in the N
+        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1  # last: each <end> in N
         tokens, valid, places, last = (x.to(device, non_blocking=True)
                                        for x in (tokens[:, :T], valid, places, last))
         x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
@@ -538,7 +517,7 @@ class CLIP(nn.Module):
         return self.ln_final(x[last]) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
-        """Image features, text features (B, E), what the loss multiplies their cosines by, class tokens (B, D)."""
+        """Image features, text features (B, E), the factor of their cosines, class tokens (B, D)."""
         token = self.visual.class_token(images, keep, valid)
         return token @ self.visual.proj, self.encode_text(tokens), self.logit_scale.exp(), token
 
@@ -547,11 +526,10 @@ class CLIP(nn.Module):
 # Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention, BYOL predicts its
 # token.
 
-
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, mean over layers and heads, (B, L), and what the tower makes
-    of the class token, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to
+    """How much the class token attends to each patch, mean over layers and heads, (B, L), and the class token
+    at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to
     itself. With size, a multiple of the patch size, the tower looks at images of that side (A-CLIP's
     efficient version)."""
     grid, rows = images.shape[-1] // visual.patch_size, []
@@ -564,7 +542,6 @@ def class_attention(visual, images, size=0):
         attention = F.interpolate(attention.view(-1, 1, side, side), (grid, grid), mode="bilinear").flatten(1)
     return attention, token
 
-
 @torch.no_grad()
 def update_ema(ema, model, progress):
     """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
@@ -576,11 +553,9 @@ def update_ema(ema, model, progress):
 # -----------------------------------------------------------------------------
 # Loss.
 
-
 def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 class Gather(torch.autograd.Function):
     """The work of `gather`; dist.all_gather itself has no gradient."""
@@ -597,11 +572,9 @@ class Gather(torch.autograd.Function):
         dist.all_reduce(gradient)  # the loss of every rank depends on our features
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
-
 def gather(x):
-    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in the order of the ranks, with gradient."""
+    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order, with gradient."""
     return Gather.apply(x) if dist.is_initialized() else x
-
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
     """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, E), which it normalises.
@@ -627,7 +600,6 @@ def clip_loss(image_features, text_features, logit_scale, decoded=None):
 # class tokens of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses
 # depend neither on the number of ranks nor on --accum.
 
-
 def nt_xent(a, b, temperature=0.1):
     """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not normalised.
     Each of the 2N views has to find the other view of its image among the 2N - 1 other views: the mean."""
@@ -635,17 +607,14 @@ def nt_xent(a, b, temperature=0.1):
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)           # no view is compared with itself
     return F.cross_entropy(logits, torch.arange(2 * N, device=a.device).roll(N))
 
-
 def byol(prediction, target):
-    """BYOL's loss (Grill et al. 2020), the mean of 2 - 2 cos of features (N, E); the target gets no gradient."""
+    """BYOL's loss (Grill et al. 2020): mean 2 - 2 cos of features (N, E); the target gets no gradient."""
     return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
-
 
 def head(*widths):
     """Linear layers of these widths, batch norm and ReLU between them."""
     layers = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*itertools.chain(*layers))[:-2]
-
 
 class Heads(nn.Module):
     """What --contrast trains beside the towers; for ViT-B the widths are A-CLIP's."""
@@ -661,36 +630,35 @@ class Heads(nn.Module):
             self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
     def forward(self, tokens, taught):
-        """The losses of class tokens (2, N, D) and the teacher's (N, D), in the weights of A-CLIP's release."""
+        """The losses of class tokens (2, N, D) and the teacher's (N, D), weighted as in A-CLIP's release."""
         loss = 0
         if hasattr(self, "simclr"):
             loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
         if hasattr(self, "projector"):  # 2.0 times the mean of both views
-            loss = loss + sum(byol(self.predictor(self.projector(token)), self.teacher(taught)) for token in tokens)
+            target = self.teacher(taught)
+            loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
         return loss
 
-
 def cut_attention(attention, boxes, side):
-    """Attention (B, L) to a square image -> (B, side * side): to the patches of the part boxes (B, 4) of it, given
-    as left, top, right, bottom in [0, 1]."""
-    centers = (torch.arange(side, device=attention.device) + 0.5) / side                 # of the part's patches
-    x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))  # (B, side)
+    """Attention (B, L) to a square image -> (B, side * side): to the patches of the part boxes (B, 4) of it,
+    given as left, top, right, bottom in [0, 1]."""
+    centers = (torch.arange(side, device=attention.device) + 0.5) / side              # of the part's patches
+    x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
     where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
     whole = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
-    return F.grid_sample(whole, 2 * where.to(whole) - 1, padding_mode="border", align_corners=False).flatten(1)
+    where = 2 * where.to(whole) - 1                                                   # (B, side, side, 2)
+    return F.grid_sample(whole, where, padding_mode="border", align_corners=False).flatten(1)
 
 
 # -----------------------------------------------------------------------------
 # Optimizer and schedule.
 
-
 def make_optimizer(config, *modules):
-    """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other vectors, logit_scale."""
+    """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other vectors."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
 
 def learning_rate(step, total_steps, peak, warmup):
     """Linear to `peak` over the warm-up, then a cosine to 0; step counts from 0."""
@@ -703,7 +671,6 @@ def learning_rate(step, total_steps, peak, warmup):
 # -----------------------------------------------------------------------------
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
-
 def step_noise(config, step, global_batch, device):
     """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
     Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum.
@@ -714,17 +681,14 @@ def step_noise(config, step, global_batch, device):
     noise = torch.rand(config.views, global_batch, L + 1, generator=generator, device=device)
     return noise.chunk(world_size, dim=1)[rank]
 
-
 def autocast(config, device):
     """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
 
 def parts_of(config, batch):
     """The slices of a local batch that go through the towers one after the other, --accum of them."""
     size = batch // config.accum
     return [slice(first, first + size) for first in range(0, batch, size)]
-
 
 @torch.no_grad()
 def teach(config, ema, images, boxes):
@@ -740,14 +704,13 @@ def teach(config, ema, images, boxes):
     side = config.image_size // config.patch_size
     return torch.stack([cut_attention(attention, box, side) for box in boxes]), taught.float()
 
-
 @torch.no_grad()
 def batch_masks(config, visual, attention, images, noise, alpha):
     """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, L + 1)."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
         for view, part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
-            pixels = data.normalize(images[view, part])  # normalised again for the towers: floats are too large to keep
+            pixels = data.normalize(images[view, part])  # again for the towers: floats are too large to keep
             masks.append(make_mask(
                 config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part],
                 alpha=alpha, embeddings=visual.patch_tokens(pixels) if mixed else None,
@@ -755,17 +718,17 @@ def batch_masks(config, visual, attention, images, noise, alpha):
                 transport=config.transport))
     return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in zip(*masks)]
 
-
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
-    """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns this rank's loss.
+    """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns the loss.
     images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,) bool, taught (B,
     D). One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts
     without gradient, the loss and its gradient at the features, then each part again, backward from that
     gradient. The result is exact."""
     def features(part):
         with autocast(config, images.device):
-            image, text, scale, token = model(data.normalize(images[:, part].flatten(0, 1)), tokens[part],
-                                              *(x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid)))
+            masks = (x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid))
+            pixels = data.normalize(images[:, part].flatten(0, 1))
+            image, text, scale, token = model(pixels, tokens[part], *masks)
         image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))
         return image, text.float(), scale, token         # (V, b, E), (b, E), (), (V, b, D)
 
@@ -793,9 +756,9 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
         # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough.
         # The gradient of the temperature belongs to all parts: it, too, goes in once.
         with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
-            torch.autograd.backward(features(part), (image[:, part], text[part], scale * last, token[:, part]))
+            grads = image[:, part], text[part], scale * last, token[:, part]
+            torch.autograd.backward(features(part), grads)
     return loss.detach()
-
 
 def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
     """One update on a local batch: (numbers of this rank for the log, keep, valid).
@@ -803,7 +766,8 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
     sees whole images. At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once
     per pass."""
     clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
-    images, boxes, decoded = (x.to(clip.logit_scale.device, non_blocking=True) for x in (images, boxes, decoded))
+    device = clip.logit_scale.device
+    images, boxes, decoded = (x.to(device, non_blocking=True) for x in (images, boxes, decoded))
     if ema and (noise is not None or config.contrast):
         attention, taught = teach(config, ema, images, boxes)
     images = images[:config.views]
@@ -831,10 +795,9 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
 # generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare`
 # returns.
 
-
 def claim(config):
-    """Makes --out the folder of this run; returns a file that stays locked until this process ends. ValueError if
-    another process trains there, or if it holds the checkpoint of a run that we do not go on with."""
+    """Makes --out the folder of this run; returns a file that is locked until this process ends. ValueError
+    if another process trains there, or if it holds the checkpoint of a run that we do not go on with."""
     os.makedirs(config.out, exist_ok=True)
     path, lock = os.path.join(config.out, "ckpt.pt"), open(os.path.join(config.out, ".lock"), "w")
     try:
@@ -844,13 +807,12 @@ def claim(config):
     ours = config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)
     if os.path.exists(path) and not ours:
         then = evaluate.read_checkpoint(path)
-        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step {then['step']}); "
-                         "go on with it by --resume, or name another --out")
+        run = f"mask {then['config']['mask']}, step {then['step']}"
+        raise ValueError(f"--out {config.out}: holds a run ({run}); go on by --resume, or name another --out")
     return lock
 
-
 def load_data(config):
-    """Shard paths and their index, (N,) of data.INDEX. ValueError if too many shards or samples are broken."""
+    """Shard paths and their index, (N,) of data.INDEX. ValueError if too much of them is broken."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # torchrun numbers the processes of each machine
     if dist.is_initialized() and not first:
         dist.barrier()  # the first process of the machine draws and indexes; then the others read its files
@@ -863,7 +825,6 @@ def load_data(config):
     for line in warnings if ranks()[0] == 0 else ():
         print("warning:", line)
     return shards, index
-
 
 def build(config, state, device):
     """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them.
@@ -887,28 +848,27 @@ def build(config, state, device):
         if part and state.get(name):
             part.load_state_dict(state[name])
     if config.compile:
-        torch._dynamo.config.cache_size_limit = 32  # versions of a function: we need about 12, the default is 8
+        torch._dynamo.config.cache_size_limit = 32  # versions of a function: we need 12, the default is 8
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
     return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
 
-
 def prepare(config, state, device):
-    """A run, new or as the checkpoint `state` has it. What can be checked before work starts is checked here."""
+    """A run, new or as the checkpoint `state` has it. Checks what can be checked before work starts."""
     for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
         evaluate.read_folder(folder)
     lock = claim(config) if ranks()[0] == 0 else None
     shards, index = load_data(config)
     global_batch = config.batch_size * config.accum * ranks()[1]
     if global_batch > len(index):
-        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only {len(index)} "
-                         "samples")
-    for name, what, now in (("global_batch", "images per step (ranks x --batch-size x --accum)", global_batch),
-                            ("num_samples", "samples", len(index))):
+        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only "
+                         f"{len(index)} samples")
+    what = {"global_batch": "images per step (ranks x --batch-size x --accum)", "num_samples": "samples"}
+    for name, now in dict(global_batch=global_batch, num_samples=len(index)).items():
         if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what}, now there are {now}; "
-                             "the number must be the same")
+            raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what[name]}, now there "
+                             f"are {now}; the number must be the same")
     captions = data.sample_captions(shards, index)
     if "merges" in state:
         tokenizer = data.Tokenizer(state["merges"], config.context_length)
@@ -924,14 +884,13 @@ def prepare(config, state, device):
     total_steps = config.steps or config.epochs * steps_per_epoch
     unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
     return SimpleNamespace(
-        config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer, chances=chances,
-        clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads, step=state.get("step", 0),
-        global_batch=global_batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-        masked_steps=total_steps - unmasked_steps)
-
+        config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer,
+        chances=chances, clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads,
+        step=state.get("step", 0), global_batch=global_batch, steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
 
 def save(run, name):
-    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then still there."""
+    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then whole."""
     if ranks()[0] == 0:
         with data.write_whole(os.path.join(run.config.out, name)) as file:
             torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
@@ -940,14 +899,12 @@ def save(run, name):
                             progress=run.step / run.total_steps, global_batch=run.global_batch,
                             num_samples=len(run.index)), file)
 
-
 def open_log(path, step):
-    """The log, open for appending. Lines after the checkpoint's step are removed: those steps will be repeated."""
+    """The log, open for appending, without the lines after the checkpoint's step, which will be repeated."""
     records = evaluate.read_log(path) if step and os.path.exists(path) else []
     with data.write_whole(path) as file:
         file.writelines(f"{json.dumps(record)}\n".encode() for record in records if record["step"] <= step)
     return open(path, "a", buffering=1)
-
 
 def epoch_loader(run, epoch, steps):
     """A DataLoader of this rank's batches `steps`, a range, of an epoch."""
@@ -957,9 +914,9 @@ def epoch_loader(run, epoch, steps):
         run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank], run.tokenizer,
         config.image_size, config.scale, (config.seed, epoch), config.views, run.ema and config.views == 2,
         config.text_tokens, run.chances, run.masked_steps - epoch * run.steps_per_epoch)
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=config.workers,
-                                       pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
-
+    return torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
 def train_epoch(run, epoch, log, requests):
     """Trains to the end of the epoch, or until a rank has a signal in `requests`: (records, stopped).
@@ -969,7 +926,7 @@ def train_epoch(run, epoch, log, requests):
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
                desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
     values, records, stopped, num_lost, causes, tick = None, [], False, 0, Counter(), time.perf_counter()
     for batch in itertools.chain(epoch_loader(run, epoch, steps), [None]):  # None: the epoch has ended
         # The numbers of a step are read when the next batch has arrived. Reading waits for the GPU, which had
@@ -985,9 +942,10 @@ def train_epoch(run, epoch, log, requests):
                 raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
             stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
             due = stopped or batch is None or run.step % config.save_every == 0
-            report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; on rank {rank}:"] +
-                               [f"{n:8}  {cause}" for cause, n in causes.most_common(10)])
-            if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
+            report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
+                                *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
+            most = config.max_bad * (num_read if due else max(num_read, 1000))
+            if lost == run.global_batch or num_lost > most:
                 raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
             log.write(json.dumps(records[-1]) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
@@ -1000,13 +958,13 @@ def train_epoch(run, epoch, log, requests):
         if fault:
             raise OSError(fault)
         causes.update(bad)
-        lr, alpha = learning_rate(run.step, run.total_steps, config.lr, config.warmup), run.step / run.total_steps
+        lr = learning_rate(run.step, run.total_steps, config.lr, config.warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         masked = config.mask != "none" and run.step < run.masked_steps
         noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
         numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
-                                          tokens, decoded, noise, alpha)
+                                          tokens, decoded, noise, alpha=run.step / run.total_steps)
         if values is None and rank == 0:
             evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
@@ -1019,7 +977,6 @@ def train_epoch(run, epoch, log, requests):
         print(report)
     return records, stopped
 
-
 def train(config, state, device):
     """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
     run, (rank, world_size) = prepare(config, state, device), ranks()
@@ -1029,11 +986,13 @@ def train(config, state, device):
         signal.signal(number, lambda number, frame: requests.append(number))
     log = open(os.devnull, "w") if rank else open_log(f"{config.out}/log.jsonl", run.step)
     L, unmasked = (config.image_size // config.patch_size) ** 2, run.total_steps - run.masked_steps
-    removed = " to ".join(str(round(share * L)) for share in config.ratio)
-    say(f"{config.model}, {sum(p.numel() for p in run.clip.parameters()) / 1e6:.1f}M parameters | {device.type}, "
-        f"{config.precision}, {world_size} rank{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | "
-        f"{run.steps_per_epoch} steps per epoch, {run.total_steps} in all: {run.masked_steps} with mask {config.mask}"
-        f"{f', {removed} of {L} patches removed' * (config.mask != 'none')}, {unmasked} on whole images", flush=True)
+    masked = f"{run.masked_steps} with mask {config.mask}"
+    if config.mask != "none":
+        masked += f", {' to '.join(str(round(share * L)) for share in config.ratio)} of {L} patches removed"
+    parameters = sum(p.numel() for p in run.clip.parameters()) / 1e6
+    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} rank"
+        f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.steps_per_epoch} steps "
+        f"per epoch, {run.total_steps} in all: {masked}, {unmasked} on whole images", flush=True)
     begin, began = time.perf_counter(), run.step
     while run.step < run.total_steps:
         epoch = run.step // run.steps_per_epoch
@@ -1047,12 +1006,13 @@ def train(config, state, device):
             if rank == 0:
                 evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
             minutes = (time.perf_counter() - begin) / 60
-            say(", ".join([f"epoch {epoch + 1}: mean loss {np.mean([record['loss'] for record in records]):.3f}",
-                           *(f"{name} {100 * x:.1f}" for name, x in evaluate.first_metrics(results).items()),
-                           f"{minutes:.1f} minutes",
-                           f"{minutes * (run.total_steps - run.step) / (run.step - began):.1f} to go"]), flush=True)
+            to_go = minutes * (run.total_steps - run.step) / (run.step - began)
+            metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
+            say(f"epoch {epoch + 1}: mean loss {np.mean([record['loss'] for record in records]):.3f}, "
+                f"{''.join(metrics)}{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
         if stopped and run.step < run.total_steps:
-            sys.exit(f"stopped after step {run.step} of {run.total_steps}; go on with --resume" if rank == 0 else 1)
+            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+            sys.exit(line if rank == 0 else 1)
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
@@ -1063,9 +1023,8 @@ def train(config, state, device):
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
 
-
 def show_masks(config, state):
-    """Writes masks.png to --out: a row per photograph, with its edges, attention and what each mask keeps of it.
+    """Writes masks.png to --out: a row per photograph, its edges, attention and what each mask keeps of it.
     With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
     torch.manual_seed(config.seed)
     clip, P, rows, generator = CLIP(config), config.patch_size, [], torch.Generator().manual_seed(config.seed)
@@ -1081,14 +1040,13 @@ def show_masks(config, state):
                  (evaluate.heat_map(attention, config.image_size), "class attention")]
         for name in MASKS[1:]:
             keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
-                                    embeddings=embeddings, alpha=state.get("progress", 0.0), edges=config.edges,
-                                    transport=config.transport)
+                                    embeddings=embeddings, alpha=state.get("progress", 0.0),
+                                    edges=config.edges, transport=config.transport)
             tiles.append((evaluate.masked(pixels, keep, valid, P)[0], name))
         rows.append(("", [(*tile, "white") for tile in tiles]))
     os.makedirs(config.out, exist_ok=True)
     evaluate.sheet(f"{config.out}/masks.png", rows)
     print(f"wrote {config.out}/masks.png" + ("" if state else "; the encoder is untrained, see --resume"))
-
 
 def parse(arguments):
     """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the
@@ -1125,9 +1083,8 @@ def parse(arguments):
     options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
 
-
 def main():
-    """Entry point, for one process or one per rank under torchrun: what went wrong, a message or code, or None."""
+    """Entry point, one process per rank under torchrun. What went wrong: a message, a code, or None."""
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -1138,17 +1095,18 @@ def main():
         if config.show_masks:
             return show_masks(config, state)
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS is above 1, so every task would train alone: start torchrun in one task "
-                             "per machine")
+            raise ValueError("SLURM_NTASKS is above 1, so every task would train alone: start torchrun in "
+                             "one task per machine")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             if config.precision != "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
                 print("this GPU has no bf16: fp32 instead" if rank == 0 else "", end="\n" * (rank == 0))
                 config.precision = "fp32"
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, flash attention does not
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
         config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
         train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         fault = stop.code
@@ -1163,7 +1121,6 @@ def main():
         time.sleep(patience)
     return fault
 
-
 def leave(fault):
     """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore
     SIGTERM; it can hang in NCCL, and gloo's threads can abort the process."""
@@ -1172,7 +1129,6 @@ def leave(fault):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if fault else 0)
-
 
 if __name__ == "__main__":
     leave(main())

@@ -3,8 +3,8 @@
     python data.py pack captions.tsv OUT     make shards of a list of `image path <TAB> caption`
     python data.py demo OUT                  draw the demo data set
 
-The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption to
-token ids, the batch; and last the shards that we write ourselves, the demo's among them.
+The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption
+to token ids, the batch; and last the shards that we write ourselves, the demo's among them.
 """
 import argparse
 import glob
@@ -17,13 +17,11 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import sys
 import tarfile
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,16 +34,16 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB; all CLIP weights expect them
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# -----------------------------------------------------------------------------
-# Files.
 
+# -----------------------------------------------------------------------------
+# Files and messages.
 
 @contextmanager
 def write_whole(path, part=".part"):
-    """A binary file to write, which gets its name only when it is whole and on disk. OSError if it can't be."""
+    """A binary file to write, which gets its name when it is whole and on disk. OSError if it can't be."""
     try:
         with open(path + part, "wb") as file:
             yield file
@@ -54,11 +52,20 @@ def write_whole(path, part=".part"):
         os.replace(path + part, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         cause = getattr(error, "strerror", None) or "is the disk full?"
-        raise OSError(f"{path}: could not be written ({cause}); one from before, if any, is untouched") from None
+        raise OSError(f"{path}: could not be written ({cause}); one from before is untouched") from None
     finally:
         if os.path.exists(path + part):
             os.remove(path + part)
 
+def what_it_is(path, otherwise="not a tar"):
+    """What a file that should be something else seems to be, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):  # gzip, bzip2, xz, zstd
+        return "compressed: unpack it first"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull`"
+    return otherwise if head else f"empty file, {otherwise}"
 
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
@@ -67,34 +74,31 @@ def message(error):
     if isinstance(error, torch.OutOfMemoryError):
         return "out of GPU memory; half the --batch-size and twice the --accum give the same update with less"
     if "shared memory" in str(error):
-        return ("too little shared memory for the workers: pass --workers 0, or give a container more by docker's "
-                "--shm-size")
+        return "too little shared memory: pass --workers 0, or give a container more by docker's --shm-size"
     if "DataLoader worker" in str(error):
         return "a worker was killed, perhaps for lack of memory: pass fewer --workers"
-    named = getattr(error, "filename", None)
-    return f"{named}: {error.strerror}" if named else str(error) if isinstance(error, (ValueError, OSError)) else ""
+    if getattr(error, "filename", None):
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, (ValueError, OSError)) else ""
 
 
 # -----------------------------------------------------------------------------
-# Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells where every image
-# and caption lies. With that index, any sample is one read away, and an epoch is a permutation of the samples.
-
+# Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells where every
+# image and caption lies. With that index, any sample is one read away, and an epoch is a permutation.
 
 def expand(patterns):
-    """The shard paths that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
+    """The shards that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
     ValueError for a pattern that matches nothing or a path that is not there."""
     paths = []
-    for pattern in patterns:
-        for path in expand_braces(pattern):
-            if os.path.isdir(path):
-                raise ValueError(f"--data {path}: a folder; name the shards in it, such as '{path.rstrip('/')}/*.tar'")
-            found = [path] if os.path.exists(path) else sorted(glob.glob(path))
-            if not found:
-                why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
-                raise ValueError(f"--data {path}: {why}")
-            paths += found
+    for path in itertools.chain.from_iterable(map(expand_braces, patterns)):
+        if os.path.isdir(path):
+            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not found:
+            why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
+            raise ValueError(f"--data {path}: {why}")
+        paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
-
 
 def expand_braces(pattern):
     """'a{00..02}.tar' -> a00.tar, a01.tar, a02.tar; numbers keep their width. Several ranges multiply."""
@@ -104,14 +108,12 @@ def expand_braces(pattern):
     first, last = found.groups()
     if int(first) > int(last):
         raise ValueError(f"--data {pattern}: the range {found.group()} is empty")
-    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    heads = (pattern[:found.start()] + number for number in numbers)
+    heads = (pattern[:found.start()] + str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
     return [path for head in heads for path in expand_braces(head + pattern[found.end():])]
-
 
 def tar_members(path):
     """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
-    ValueError that names the shard where the tar is damaged; what was yielded before that is whole. Names are only
+    ValueError that names the shard where the tar is damaged; what was yielded before is whole. Names are only
     ever used as labels, never as paths on disk."""
     with open(path, "rb") as file:
         at = -1
@@ -132,32 +134,17 @@ def tar_members(path):
             raise ValueError(f"{path}: {what}") from None
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         file.seek(end)
-        block = file.read(512)
-        if len(block) < 512:
-            raise ValueError(f"{path}: truncated, the tar breaks off at byte {end + len(block)}")
-        while block:
+        for block in itertools.chain([file.read(512)], iter(lambda: file.read(1 << 20), b"")):
+            if not block or len(block) % 512:
+                raise ValueError(f"{path}: truncated, the tar breaks off at byte {os.path.getsize(path)}")
             if block.strip(b"\0"):
-                raise ValueError(f"{path}: more than zeros after its last file, at byte {end}: a damaged header, or "
-                                 "two tars in one file")
-            block = file.read(1 << 20)
-
-
-def what_it_is(path, otherwise="not a tar"):
-    """What a file that should be something else seems to be, by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-    for magic, what in ((b"\x1f\x8b", "compressed by gzip: unpack it"), (b"BZh", "compressed by bzip2: unpack it"),
-                        (b"\xfd7zXZ", "compressed by xz: unpack it"), (b"\x28\xb5\x2f\xfd", "compressed: unpack it"),
-                        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`")):
-        if head.startswith(magic):
-            return what
-    return otherwise if head else f"empty file, {otherwise}"
-
+                raise ValueError(f"{path}: more than zeros after its last file, at byte {end}: a damaged "
+                                 "header, or two tars in one file")
 
 def tar_samples(path):
     """([(key, {extension: (offset, size)})], fault): the samples of a tar in its order, and its fault or "".
-    As in webdataset, a key ends at the first dot of the file name, files whose name begins with a dot do not count,
-    and a key that comes again is another sample."""
+    As in webdataset, a key ends at the first dot of the file name, files whose name begins with a dot do not
+    count, and a key that comes again is another sample."""
     samples, of_key, fault = [], {}, ""
     try:
         for name, offset, size in tar_members(path):
@@ -172,113 +159,98 @@ def tar_samples(path):
                 of_key[key] = {}
                 samples.append((key, of_key[key]))
             of_key[key][extension] = offset, size
-        if not samples:
-            fault = f"{path}: a tar without files"
+        fault = "" if samples else f"{path}: a tar without files"
     except ValueError as error:
         fault = str(error)
     return samples, fault
 
-
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
-
 def index_shard(path):
-    """(rows of INDEX, [names of images without a caption], number of captions without an image, fault) of a shard."""
-    (samples, fault), rows, lonely, mute = tar_samples(path), [], [], 0
+    """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of a shard."""
+    (samples, fault), rows, lost = tar_samples(path), [], []
     for key, files in samples:
         image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
         text = files.get("txt") or files.get("json")
+        pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
         if image and text:
             rows.append((0, *image, *text, "txt" not in files))
-        pictures = [extension for extension in files if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        if image and text:  # x.seg.png beside x.jpg is no sample, but with x.seg.txt beside it, it was meant to be one
-            pictures = [extension for extension in pictures if f"{extension.rpartition('.')[0]}.txt" in files]
-        lonely += [f"{key}.{extension}" for extension in pictures]
-        mute += not pictures and not image
+            # x.seg.png beside x.jpg is no sample; with x.seg.txt beside it, it was meant to be one.
+            pictures = [name for name in pictures if f"{name.rpartition('.')[0]}.txt" in files]
+        elif not pictures:
+            lost.append(("no image", key))
+        dots = " (a key ends at the first dot of the file name)"
+        lost += [("no caption" + dots * ("." in name), f"{key}.{name}") for name in pictures]
     if fault and samples:
         fault += f"; {len(rows)} pairs stand before that"
     elif not rows and not fault:
         fault = f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt"
-    return np.array(rows, INDEX), lonely, mute, fault
-
+    return np.array(rows, INDEX), lost, fault
 
 def ignore_signals(*_):
-    """For helper processes: a signal to stop is for the training loop to answer, which still needs its batch."""
+    """For helper processes: a signal to stop is for the training loop, which still needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers such as Slurm's send it to every process of a job
-
-
-def scan(shards, workers=0, progress=False):
-    """(N,) array of INDEX rows, and a dict of what is missing: "lonely", "mute", "example", "faults"."""
-    parts, found = [np.empty(0, INDEX)], dict(lonely=0, mute=0, example="", faults=[])
-    with ProcessPoolExecutor(max(1, workers), initializer=signal.signal,
-                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        results = pool.map(index_shard, shards, chunksize=4) if workers else map(index_shard, shards)
-        for number, (rows, lonely, mute, fault) in enumerate(
-                tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)):
-            rows["shard"] = number
-            parts.append(rows)
-            found["lonely"], found["mute"] = found["lonely"] + len(lonely), found["mute"] + mute
-            found["example"] = found["example"] or (lonely or [""])[0]
-            found["faults"] += [fault] if fault else []
-    return np.concatenate(parts), found
-
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all processes of a job
 
 def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
-    """(N,) array of INDEX rows, one for each image with a caption, in the shards' order; and a list of warnings.
-    A broken shard gives what stands before its fault, and a warning. ValueError if more than the share max_bad of
-    the shards is broken or of the samples incomplete; OSError if a shard cannot be read. `folder` keeps the index
-    as index.npy for the next start and for other ranks, whose processes share its pages in memory."""
+    """(N,) array of INDEX rows, one per image with a caption, in the shards' order; and a list of warnings.
+    A broken shard gives what stands before its fault, and a warning. ValueError if more than the share
+    max_bad of the shards is broken or of the samples incomplete; OSError if a shard cannot be read. `folder`
+    keeps the index as index.npy for the next start and for other ranks, whose processes share its pages in
+    memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    paths, index = [os.path.join(folder, name) for name in ("index.npy", "index.json")], None
+    paths = [os.path.join(folder, f"index.{kind}") for kind in ("npy", "json")]
+    index, faults, lost = None, [], {}
     try:
         with open(paths[1]) as file:
             stored = json.load(file)
         if folder and stored["stamp"] == stamp:
-            index, found = np.load(paths[0], mmap_mode="r"), stored["found"]
+            index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
     except Exception:  # not there yet, or damaged: it is only a copy
         pass
     if index is None:
-        index, found = scan(shards, workers, progress)
+        parts = [np.empty(0, INDEX)]
+        with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
+            results = pool.map(index_shard, shards, chunksize=4) if workers else map(index_shard, shards)
+            bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
+            for number, (rows, missing, fault) in enumerate(bar):
+                rows["shard"] = number
+                parts.append(rows)
+                faults += [fault] if fault else []
+                for cause, name in missing:  # {cause: [how many, the first]}
+                    lost.setdefault(cause, [0, name])[0] += 1
+        index = np.concatenate(parts)
         if folder:  # each machine of a run may write it: parts have names of their own
-            with write_whole(paths[0], f".{secrets.token_hex(4)}.part") as file:
+            with write_whole(paths[0], f".{os.urandom(4).hex()}.part") as file:
                 np.save(file, index)
-            with write_whole(paths[1], f".{secrets.token_hex(4)}.part") as file:
-                file.write(json.dumps(dict(stamp=stamp, found=found)).encode())
-    if len(found["faults"]) > max_bad * len(shards):
-        raise ValueError("\n".join(found["faults"]))
-    lost, warnings = found["lonely"] + found["mute"], list(found["faults"])
-    if lost:
-        causes = f"{found['lonely']} images without a caption, {found['mute']} captions without an image"
-        if found["example"]:
-            causes += f"; the first: {found['example']}"
-            if "." in found["example"].rpartition("/")[2].partition(".")[2]:
-                causes += " (the key of a sample ends at the first dot of the file name)"
-        warnings.append(f"{lost} of {lost + len(index)} samples passed over: {causes}")
-        if lost > max_bad * (lost + len(index)):
-            raise ValueError(f"--data: more than --max-bad {max_bad}: {warnings[-1]}")
-    return index, warnings
-
+            with write_whole(paths[1], f".{os.urandom(4).hex()}.part") as file:
+                file.write(json.dumps(dict(stamp=stamp, faults=faults, lost=lost)).encode())
+    if len(faults) > max_bad * len(shards):
+        raise ValueError("\n".join(faults))
+    num_lost = sum(n for n, _ in lost.values())
+    causes = "; ".join(f"{n} with {cause}, such as {name}" for cause, (n, name) in lost.items())
+    remark = f"{num_lost} of {num_lost + len(index)} samples passed over: {causes}"
+    if num_lost > max_bad * (num_lost + len(index)):
+        raise ValueError(f"--data: {remark}; that is more than --max-bad {max_bad}")
+    return index, faults + ([remark] if lost else [])
 
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
 
-
 def epoch_order(index, seed, epoch):
     """(N,) sample numbers in the order in which this epoch reads them, from seed and epoch alone.
-    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential reads."""
+    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential
+    reads."""
     rng = np.random.default_rng([seed, epoch])
     place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
     order = place.argsort(kind="stable")
     return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
 
-
 @lru_cache(maxsize=64)
 def open_shard(path):
     """A file that stays open, because the next samples come from the same shard."""
     return open(path, "rb", buffering=0)
-
 
 def read_bytes(path, offset, size):
     """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read that far."""
@@ -295,43 +267,37 @@ def read_bytes(path, offset, size):
 # Images: bytes to pixels.
 
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first; open_image has ours
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
-
-@contextmanager
-def decoding():
-    """Whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...) leaves as a ValueError."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
-
-
 def open_image(raw):
-    """The picture in `raw` bytes, of which only the header has been read; to be used within `decoding`."""
+    """The picture in `raw` bytes, of which only the header has been read. Any exception if it is none."""
     image = Image.open(io.BytesIO(raw), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
 
+def cause_of(error):
+    """One line for whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...)."""
+    return re.sub(r" <_io.*>", "", str(error)) or type(error).__name__
 
 def decode_image(raw):
-    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it does not decode whole."""
-    with decoding():
+    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it is damaged."""
+    try:
         image = open_image(raw)
         image.load()
         return image
-
+    except Exception as error:
+        raise ValueError(cause_of(error)) from None
 
 def eight_bits(image):
-    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits alone; any other as it is."""
+    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
     if image.mode[0] not in "IF":
         return image
     grey = np.asarray(image).astype(np.float64)
-    return Image.fromarray((grey / (256 if image.mode[1:] or grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-
+    scale = 256 if image.mode[1:] or grey.max() > 255 else 1
+    return Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
 
 def upright(image):
     """A photograph as its orientation tag says it was held; a damaged tag says nothing."""
@@ -339,7 +305,6 @@ def upright(image):
         return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
     except Exception:
         return image
-
 
 def to_rgb(image):
     """RGB as people see the picture: transparent parts lie on white."""
@@ -349,9 +314,8 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
-
 def random_box(width, height, scale, rng):
-    """(left, top, right, bottom) of a random part of a picture: `scale` (low, high) of its area, sides 3:4 to 4:3.
+    """(left, top, right, bottom) of a random part of a picture: `scale` of its area, sides 3:4 to 4:3.
     The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -365,36 +329,35 @@ def random_box(width, height, scale, rng):
         left, top = (width - w) // 2, (height - h) // 2
     return np.array([left, top, left + w, top + h])
 
-
 def crops(image, boxes, size):
     """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
     A JPEG that is not loaded yet is decoded no larger than needed."""
-    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a picture
-    # of a half, quarter or eighth of the size in less time. The resize still has to shrink that to two thirds or
-    # less; on photographs, the error that is left is that of saving the JPEG once more at quality 90.
+    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a
+    # picture of a half, quarter or eighth of the size in less time. The resize still has to shrink that to
+    # two thirds or less. On photographs, the error that is left is that of saving once more at quality 90.
     width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                   # (1, 3, H, W)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                  # (1, 3, H, W)
     # The same as Pillow's resize up to rounding, five times as fast.
-    return torch.cat([F.interpolate(pixels[..., top:bottom, left:right], (size, size), mode="bicubic", antialias=True)
-                      for left, top, right, bottom in boxes])
-
+    return torch.cat([F.interpolate(pixels[..., top:bottom, left:right], (size, size), mode="bicubic",
+                                    antialias=True) for left, top, right, bottom in boxes])
 
 def augment(view, rng):
-    """Photometric changes of a view (3, H, W) uint8, with A-CLIP's strengths: colour jitter of 0.4, 0.4, 0.2 and 0.1
-    with probability 0.8, grey 0.2, blur 0.1, solarise 0.2."""
+    """Photometric changes of a view (3, H, W) uint8, with A-CLIP's strengths: colour jitter of 0.4, 0.4, 0.2
+    and 0.1 with probability 0.8, grey 0.2, blur 0.1, solarise 0.2."""
     image = Image.fromarray(view.permute(1, 2, 0).numpy())
-    if rng.random() < 0.8:
-        for change in rng.permutation(4):
-            if change == 3:
-                hue, *others = image.convert("HSV").split()
-                shift = round(255 * rng.uniform(-0.1, 0.1))
-                image = Image.merge("HSV", (hue.point(lambda value: (value + shift) % 256), *others)).convert("RGB")
-            else:
-                strength = (0.4, 0.4, 0.2)[change]
-                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
-                image = kind(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    brightness, contrast, colour = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+    kinds = (brightness, 0.4), (contrast, 0.4), (colour, 0.2), ("hue", 0.1)
+    for number in rng.permutation(4) if rng.random() < 0.8 else ():
+        kind, strength = kinds[number]
+        change = rng.uniform(-strength, strength)
+        if kind != "hue":
+            image = kind(image).enhance(1 + change)
+        else:
+            hue, *others = image.convert("HSV").split()
+            hue = hue.point(lambda value: (value + round(255 * change)) % 256)
+            image = Image.merge("HSV", (hue, *others)).convert("RGB")
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.1:
@@ -403,68 +366,62 @@ def augment(view, rng):
         image = ImageOps.solarize(image, 128)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-
 def normalize(images):
-    """(..., 3, H, W) uint8 -> float32 on the same device, with the mean and deviation of CLIP's training pixels.
+    """(..., 3, H, W) uint8 -> float32 on the same device, with CLIP's mean and deviation.
     The operations and their order are open_clip's, so that the result is equal to the last bit."""
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 
-def denormalize(images):
-    """(..., 3, H, W) float, as for the model -> uint8."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    return ((images * std + mean).clamp(0, 1) * 255).round().byte()
-
-
 # -----------------------------------------------------------------------------
-# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last one marked with
-# </w>; merges join the pair of symbols that was most frequent in training, in the order they were learned.
+# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last one
+# marked with </w>; merges join the pair of symbols that was most frequent in training, in the order of
+# learning.
 
-# CLIP's printable stand-in for each byte: itself if it shows on a screen (! to ~, ¡ to ¬, ® to ÿ), else the next
-# letter from U+0100.
+# CLIP's printable stand-in for each byte: itself if it shows on a screen (! to ~, ¡ to ¬, ® to ÿ), else the
+# next letter from U+0100.
 BYTES = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in BYTES)}
 
-# What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are read as
-# Windows-1252, quotes become straight, ligatures two letters, full width and half width letters plain ones.
-FIXES = dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)])
+# What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are
+# read as Windows-1252, quotes become straight, ligatures letters, full and half width letters plain ones.
+FIXES = dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xFEFF,
+                       *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)])
 FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
 FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 FIXES |= {ord(c): "".join(chr(int(code, 16)) for code in unicodedata.decomposition(c).split()[1:])
           for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"}
 FIXES |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
 
+MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
 
 @lru_cache
 def word_pattern():
-    """CLIP's pattern is written with \\p{L} and \\p{N}, which Python's re lacks. \\w is letters, all numbers and _, \\d
-    only the decimal digits: the other numbers (such as ² or ½) have to be listed."""
-    others = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{others}]+|[\d{others}]|(?:[^\s\w]|_)+", re.IGNORECASE)
-
-
-MAX_CHARACTERS = 2000  # far more than a context of 77 tokens holds; merging a word takes the square of its length
-
+    """CLIP's pattern is written with \\p{L} and \\p{N}, which Python's re lacks. \\w is letters, all numbers
+    and _, \\d only the decimal digits: the other numbers (such as ² or ½) have to be listed."""
+    numbers = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    other = "".join(numbers)
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{other}]+|[\d{other}]|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 def split_words(text):
-    """The words of a caption, each a string of byte symbols: text fixed as CLIP does, lower case, HTML unescaped."""
+    """The words of a caption, each a string of byte symbols; the text is fixed, unescaped, in lower case."""
     before = None
     while before != text:  # a replacement can make room for another one
         before = text
-        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text if "<" in text else html.unescape(text))  # terminals' colours
+        text = text if "<" in text else html.unescape(text)
+        text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)  # a terminal's colours
         text = unicodedata.normalize("NFC", text.translate(FIXES))
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
-    return ["".join(BYTES[byte] for byte in word.encode("utf-8", "replace")) for word in word_pattern().findall(text)]
-
+    return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in word_pattern().findall(text)]
 
 def learn_merges(captions, num_merges, progress=False):
     """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first.
-    Ends early when no pair occurs twice. All words stand in one row; a merge visits only the places of its pair."""
-    counts = Counter(word for caption in tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
-                     for word in split_words(caption))
-    symbols, left, right, times = [], [], [], []  # of each place: its symbol, its neighbours' places or -1, its count
+    Ends early when no pair occurs twice. All words stand in one row; a merge visits the places of its pair
+    only."""
+    captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    symbols, left, right, times = [], [], [], []  # per place: symbol, places of its neighbours or -1, count
     for word, count in counts.items():
         start, end = len(symbols), len(symbols) + len(word)
         symbols += [*word[:-1], word[-1] + "</w>"]
@@ -479,7 +436,8 @@ def learn_merges(captions, num_merges, progress=False):
 
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
-    merges, bar = [], tqdm(total=num_merges, desc="learning merges", delay=2, leave=False, disable=not progress)
+    bar = tqdm(total=num_merges, desc="learning merges", delay=2, leave=False, disable=not progress)
+    merges = []
     while heap and len(merges) < num_merges:
         count, pair = heapq.heappop(heap)
         if -count != pair_count[pair]:  # an old count: put the pair back with its present one
@@ -497,12 +455,11 @@ def learn_merges(captions, num_merges, progress=False):
                 continue  # another merge was here
             symbols[place], symbols[after], right[place] = joined, None, right[after]
             for a, b, old in ((left[place], place, pair[0]), (place, right[place], pair[1])):
-                if a < 0 or b < 0:
-                    continue
-                pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
-                pair_count[symbols[a], symbols[b]] += times[place]
-                places[symbols[a], symbols[b]].append(a)
-                grown.add((symbols[a], symbols[b]))
+                if a >= 0 and b >= 0:
+                    pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
+                    pair_count[symbols[a], symbols[b]] += times[place]
+                    places[symbols[a], symbols[b]].append(a)
+                    grown.add((symbols[a], symbols[b]))
             if right[place] >= 0:
                 left[right[place]] = place
         del pair_count[pair]
@@ -510,7 +467,6 @@ def learn_merges(captions, num_merges, progress=False):
             heapq.heappush(heap, (-pair_count[new], new))
     bar.close()
     return "\n".join(merges)
-
 
 class Tokenizer:
     """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges, <start>, <end>."""
@@ -530,17 +486,18 @@ class Tokenizer:
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().splitlines()
-            # The first line is a version. CLIP uses only as many merges as make 49,408 with bytes and specials.
+            # The first line is a version. CLIP uses only as many merges as make 49,408 with bytes and
+            # specials.
             merges = lines[1:49408 - 512 - 2 + 1]
             if not merges or any(len(line.split()) != 2 for line in merges):
                 raise ValueError("not a list of two symbols a line")
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise ValueError(f"--vocab {path}: {error}; expected CLIP's bpe_simple_vocab_16e6.txt.gz") from None
+        except Exception as error:  # OSError, EOFError, zlib.error ...
+            raise ValueError(f"--vocab {path}: {error}; not CLIP's bpe_simple_vocab_16e6.txt.gz") from None
         return cls("\n".join(merges), context_length)
 
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
-        """The ids of one word of byte symbols: its most frequent pair is merged until no pair is in the vocabulary."""
+        """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
             best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
@@ -554,94 +511,98 @@ class Tokenizer:
         return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, captions):
-        """(N, T) int64: <start>, the caption, <end>, zeros. A longer caption is cut before its <end>."""
-        return self.encode_words([split_words(caption) for caption in captions])
-
-    def encode_words(self, captions):
-        """As `encode`, for captions that are lists of words of byte symbols."""
+        """(N, T) int64 of a list of str, or of lists of words of byte symbols: <start>, ids, <end>, zeros.
+        A longer caption is cut before its <end>."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
-        for row, words in zip(tokens, captions):
+        for row, caption in zip(tokens, captions):
+            words = split_words(caption) if isinstance(caption, str) else caption
             ids = [number for word in words for number in self.word_ids(word)]
             ids = [self.start, *ids[:self.context_length - 2], self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
-
-# -----------------------------------------------------------------------------
-# Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch began: neither the
-# number of workers nor their timing can change what the model sees.
-
-
-class Batches(torch.utils.data.Dataset):
-    """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T) int64, decoded (B,) bool, lost,
-    fault. order: (steps, B) sample numbers; views: V. With `whole`, images has one more row: the part of the picture
-    around all views, in which they lie as boxes (left, top, right, bottom in [0, 1]) say. In the first `masked` batches,
-    captions keep `text_tokens` tokens at most, see `shorten`. A sample that does not decode leaves a black image and
-    its cause in the list `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
-
-    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False, text_tokens=0,
-                 chances=None, masked=0):
-        self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
-        self.image_size, self.scale, self.seed, self.views, self.whole = image_size, scale, seed, views, whole
-        self.text_tokens, self.chances, self.masked = text_tokens, chances, masked
-
-    def __getitem__(self, number):
-        samples, size, words = self.order[number], self.image_size, []
-        images = torch.zeros(self.views + bool(self.whole), len(samples), 3, size, size, dtype=torch.uint8)
-        boxes, decoded = torch.zeros(self.views, len(samples), 4), torch.ones(len(samples), dtype=torch.bool)
-        lost, fault = [], ""
-        for i, sample in enumerate(samples):
-            row = self.index[sample]
-            shard = self.shards[row["shard"]]
-            # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
-            rng = np.random.default_rng([*self.seed, sample])
-            words.append([])
-            try:
-                texts = captions(shard, row)
-                words[-1] = split_words(texts[rng.integers(len(texts))])
-                raw = read_bytes(shard, row["image"], row["image_size"])
-                with decoding():
-                    image = upright(open_image(raw))
-                    found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])  # (V, 4)
-                    around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])                      # (4,)
-                    images[:, i] = crops(image, np.concatenate([found, around[None]])[:len(images)], size)
-                boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / np.tile(around[2:] - around[:2], 2))
-                for view in images[:self.views, i] if self.views > 1 else ():
-                    view.copy_(augment(view, rng))
-                if self.text_tokens and number < self.masked:
-                    words[-1] = self.shorten(words[-1], rng)
-            except ValueError as error:
-                decoded[i] = False
-                lost.append(str(error))
-            except OSError as error:
-                fault = message(error)
-        batch = images, boxes, self.tokenizer.encode_words(words), decoded
-        if torch.utils.data.get_worker_info():  # in a worker: if there is too little shared memory, the error reaches the
-            for x in batch:                     # training loop from here, but not from the thread that sends the batch
-                x.share_memory_()
-        return *batch, lost, fault
-
-    def shorten(self, words, rng):
-        """Without the words that are the first to go, until the rest has at most text_tokens tokens; CLIPF, Liang and
-        Larson, WACV 2026. Those with the highest `noise - chance` stay, in their order."""
-        lengths = np.array([len(self.tokenizer.word_ids(word)) for word in words])
-        score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
-        first = score.argsort()                                       # the first to go
-        left = lengths.sum() - lengths[first].cumsum()                # tokens left when the word has gone, too
-        num_gone = 0 if lengths.sum() <= self.text_tokens else 1 + int((left <= self.text_tokens).argmax())
-        return [words[i] for i in sorted(first[num_gone:])]
-
-
 def word_chances(captions, threshold=1e-6, least=5):
-    """{word: its chance to go first, max(0, 1 - sqrt(threshold / share))}, share of it among all words of the captions;
-    words that occur less often than `least` times are left out: they always go first (CLIPF)."""
+    """{word: its chance to go first, max(0, 1 - sqrt(threshold / share))}, share of it among all words. Words
+    that occur less often than `least` times are left out: they always go first. CLIPF, Liang and Larson, WACV
+    2026."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     total = counts.total()
     return {word: max(0.0, 1 - math.sqrt(threshold * total / n)) for word, n in counts.items() if n >= least}
 
 
+# -----------------------------------------------------------------------------
+# Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch began:
+# neither the number of workers nor their timing can change what the model sees.
+
+class Batches(torch.utils.data.Dataset):
+    """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
+    lost, fault. order: (steps, B) sample numbers; V: views. With `whole`, images has one more row: the part
+    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). In the
+    first `masked` batches captions are shortened. A sample that does not decode leaves a black image and its
+    cause in the list `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
+
+    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False,
+                 text_tokens=0, chances=None, masked=0):
+        self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
+        self.image_size, self.scale, self.seed, self.views, self.whole = image_size, scale, seed, views, whole
+        self.text_tokens, self.chances, self.masked = text_tokens, chances, masked
+
+    def __getitem__(self, number):
+        samples, size, lost, fault = self.order[number], self.image_size, [], ""
+        images = torch.zeros(self.views + bool(self.whole), len(samples), 3, size, size, dtype=torch.uint8)
+        boxes, decoded = torch.zeros(self.views, len(samples), 4), torch.ones(len(samples), dtype=torch.bool)
+        words = [[] for _ in samples]
+        for i, sample in enumerate(samples):
+            row = self.index[sample]
+            shard = self.shards[row["shard"]]
+            # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
+            rng = np.random.default_rng([*self.seed, sample])
+            try:
+                texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
+            except OSError as error:
+                fault = message(error)
+                continue
+            except ValueError as error:
+                decoded[i] = False
+                lost.append(str(error))
+                continue
+            words[i] = split_words(texts[rng.integers(len(texts))])
+            try:
+                image = upright(open_image(raw))
+                found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])
+                around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
+                images[:, i] = crops(image, np.concatenate([found, around[None]])[:len(images)], size)
+            except Exception as error:
+                decoded[i] = False
+                lost.append(cause_of(error))
+                continue
+            sides = np.tile(around[2:] - around[:2], 2)
+            boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / sides)
+            for view in images[:self.views, i] if self.views > 1 else ():
+                view.copy_(augment(view, rng))
+            if self.text_tokens and number < self.masked:
+                words[i] = self.shorten(words[i], rng)
+        batch = images, boxes, self.tokenizer.encode(words), decoded
+        if torch.utils.data.get_worker_info():
+            # In a worker: if shared memory runs out, the error reaches the training loop from here. It would
+            # not from the thread that sends the batch, and the loop would wait forever.
+            for x in batch:
+                x.share_memory_()
+        return *batch, lost, fault
+
+    def shorten(self, words, rng):
+        """Without the words that are the first to go, until the rest has at most text_tokens tokens (CLIPF).
+        Those with the highest `noise - chance` stay, in their order."""
+        score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
+        left = list(range(len(words)))
+        for first in score.argsort():
+            if sum(len(self.tokenizer.word_ids(words[i])) for i in left) <= self.text_tokens:
+                break
+            left.remove(first)
+        return [words[i] for i in left]
+
 def captions(shard, row):
-    """The captions of an INDEX row, a list of str: the lines of its .txt, or what its json has under "caption".
+    """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
     ValueError if there is none, or if they are not UTF-8."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:
@@ -657,7 +618,6 @@ def captions(shard, row):
         raise ValueError("empty caption")
     return found
 
-
 def sample_captions(shards, index, limit=100_000):
     """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges from."""
     for row in index[::max(1, math.ceil(len(index) / limit))]:
@@ -670,9 +630,8 @@ def sample_captions(shards, index, limit=100_000):
 # -----------------------------------------------------------------------------
 # Writing shards.
 
-
 def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
-    """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on across shards. Returns how many."""
+    """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on. Returns how many shards."""
     os.makedirs(folder, exist_ok=True)
     shard = -1
     for shard, part in itertools.groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
@@ -685,128 +644,116 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
                     tar.addfile(member, io.BytesIO(raw))
     return shard + 1
 
-
 def read_caption_list(path):
-    """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file.
-    ValueError with the line's number for a malformed line."""
+    """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not UTF-8") from None
-            image, _, caption = line.partition("\t")
-            if not image or not caption.strip():
-                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption`, got {line!r:.80}")
+            image, _, caption = raw.decode("utf-8-sig", "replace").rstrip("\r\n").partition("\t")
+            if not image or not caption.strip() or "\ufffd" in image + caption and b"\xef\xbf\xbd" not in raw:
+                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption` in UTF-8, got "
+                                 f"{raw.decode('utf-8', 'replace')!r:.80}")
             yield number, image, caption
 
-
 def list_samples(path):
-    """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of the same
-    image that follow each other are one sample. ValueError for a missing file or one that is no known image."""
+    """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of
+    the same image that follow each other are one sample. ValueError that names a bad line."""
     for image, lines in itertools.groupby(read_caption_list(path), key=lambda line: line[1]):
-        number, captions = (lines := list(lines))[0][0], "\n".join(caption for _, _, caption in lines)
+        (number, *_), *_ = lines = list(lines)
         extension = image.rpartition(".")[2].lower()
         if extension not in IMAGE_EXTENSIONS:
             raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
         try:
             with open(os.path.join(os.path.dirname(path), image), "rb") as file:
-                yield {extension: file.read(), "txt": captions.encode("utf-8")}
+                yield {extension: file.read(), "txt": "\n".join(caption for *_, caption in lines).encode()}
         except OSError as error:
             raise ValueError(f"{path}, line {number}: {image}: {error.strerror}") from None
 
 
 # -----------------------------------------------------------------------------
-# Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the background
-# repeats itself and the objects have detail inside, so there is something for a mask to find. Scene i of a split
-# depends on nothing else.
+# Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the
+# background repeats itself and the objects have detail inside, so there is something for a mask to find.
+# Scene i of a split depends on nothing else.
 
-SCENE_SIZE = 64                       # pixels, both sides
+SCENE_SIZE = 48                       # pixels, both sides
 SPLITS = {"train": 20_000, "seen": 1_000, "unseen": 500, "retrieval": 500}
 COLOURS = {"red": (255, 60, 50), "yellow": (255, 235, 40), "green": (50, 220, 70), "cyan": (60, 235, 245),
-           "blue": (70, 120, 255), "purple": (180, 80, 255), "pink": (255, 140, 210), "white": (250, 250, 250)}
+           "blue": (70, 120, 255), "purple": (180, 80, 255), "pink": (255, 140, 210), "white": (250,) * 3}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar", "ring", "crescent")
-RADII = {"small": (0.24, 0.29), "large": (0.32, 0.38)}  # share of the picture; of half of it for one of two objects
+RADII = {"small": (0.24, 0.29), "large": (0.32, 0.38)}  # share of the picture; less if there are two objects
 
-# Each colour and each shape misses one partner, always the same one: these pairs are never in a training scene.
+# Each colour and each shape misses one partner, always the same one: these pairs are never in a training
+# scene.
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]   # the classes, in label order
 UNSEEN = list(zip(COLOURS, SHAPES))
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
 
 RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
-BACKGROUNDS = {"plain": ("a plain background", "a flat background"), "gradient": ("a gradient", "a smooth gradient"),
-               "blobs": ("soft blobs", "a background of soft blobs")}
+BACKGROUNDS = {"plain": ("a plain background", "a flat background"), "blobs": ("soft blobs", "blobs"),
+               "gradient": ("a gradient", "a smooth gradient")}
 
-# Captions. x, y: the objects; r: where x is, seen from y; b: the background. They often say no more than what is
-# there, because a small model takes far longer to learn shape than colour.
-ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}", "I see {x}",
-       "here is {x}", "just {x}", "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {b} there is {x}")
+# Captions. x, y: the objects; r: where x is, seen from y; b: the background. They often say no more than what
+# is there, because a small model takes far longer to learn shape than colour.
+ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}",
+       "I see {x}", "here is {x}", "just {x}", "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}",
+       "on {b} there is {x}")
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
-TWO = FULL + ("{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "there is {x} {r} {y}", "{x} and {y}")
+TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
 
+# Corners of most shapes: angles in degrees, distances from the center. The others are drawn as discs.
+OUTLINES = {"square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
+            "star": (np.arange(10) * 36 - 90, [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
+            "cross": (np.add.outer(np.arange(4) * 90, [-17, 17, 45]).ravel(), [1, 1, 0.42] * 4)}
 
 def pick(rng, options):
     """One of the options, uniformly (rng.choice does the same, many times slower)."""
     return options[rng.integers(len(options))]
 
-
 def draw_background(rng, kind):
     """(H, W, 3) float: two dark colours, mixed as the kind says."""
     Y, X = np.mgrid[-1:1:SCENE_SIZE * 1j, -1:1:SCENE_SIZE * 1j].astype(np.float32)
-    angle = rng.uniform(0, 2 * np.pi)
-    mix = {"plain": lambda: 0 * X + rng.random(), "gradient": lambda: 0.5 + 0.35 * (X * np.cos(angle) + Y * np.sin(angle)),
-           "blobs": lambda: np.asarray(Image.fromarray(rng.random((5, 5), np.float32)).resize(X.shape, Image.BICUBIC))}
+    mix, angle = np.full_like(X, rng.random()), rng.uniform(0, 2 * np.pi)
+    if kind == "gradient":
+        mix = 0.5 + 0.35 * (X * np.cos(angle) + Y * np.sin(angle))
+    elif kind == "blobs":
+        mix = np.asarray(Image.fromarray(rng.random((5, 5), np.float32)).resize(X.shape, Image.BICUBIC))
     dark = rng.uniform(15, 60) + rng.uniform(-12, 12, 3)
-    return dark + mix[kind]()[..., None] * (rng.uniform(15, 30) + rng.uniform(-8, 8, 3))
-
-
-OUTLINES = {  # corners of the other shapes: angles in degrees, distances from the center
-    "square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
-    "star": (np.arange(10) * 36 - 90, [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
-    "cross": (np.add.outer(np.arange(4) * 90, [-17, 17, 45]).ravel(), [1, 1, 0.42] * 4)}
-
+    return dark + mix[..., None] * (rng.uniform(15, 30) + rng.uniform(-8, 8, 3))
 
 def draw_shape(shape, x, y, r, turn):
-    """(H, W, 1) in [0, 1]: how much of each pixel a shape covers, with its center, radius and turn in degrees."""
+    """(H, W, 1) in [0, 1]: how much of each pixel a shape covers; its center, radius, turn in degrees."""
     mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))  # drawn at twice the size for smooth edges
     draw, x, y, r = ImageDraw.Draw(mask), 2 * x, 2 * y, 2 * r
-
-    def disc(x, r, fill):
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-
     if shape in OUTLINES:
         angles, radii = OUTLINES[shape]
         points = r * np.multiply(radii, np.exp(1j * np.radians(np.add(angles, turn)))) + x + 1j * y
         draw.polygon(np.stack([points.real, points.imag], axis=1).ravel().tolist(), fill=255)
     else:
-        disc(x, r, 255)
-        if shape == "ring":
-            disc(x, 0.55 * r, 0)
-        elif shape == "crescent":
-            disc(x + 0.5 * r, 0.75 * r, 0)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        hole = {"circle": 0, "ring": 0.55 * r, "crescent": 0.75 * r}[shape]
+        x += 0.5 * r * (shape == "crescent")
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0 if hole else 255)
     return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
-
 def draw_scene(rng, pairs=None, full=False):
-    """(RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance. Two objects
-    lie in different halves of the picture. full: the caption leaves nothing out (sizes, relation, background)."""
+    """(RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance. Two
+    objects lie in different halves. full: the caption leaves nothing out (sizes, relation, background)."""
     if pairs is None:
         first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
         pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
-    kind, relation, names = pick(rng, tuple(BACKGROUNDS)), pick(rng, tuple(RELATIONS)), []
+    kind, relation, names, S = pick(rng, tuple(BACKGROUNDS)), pick(rng, tuple(RELATIONS)), [], SCENE_SIZE
     pixels, side = draw_background(rng, kind), 1 if relation in ("right of", "below") else -1
     for colour, shape in pairs:
         size = pick(rng, tuple(RADII))
-        r = SCENE_SIZE * rng.uniform(*RADII[size]) * (0.62 if len(pairs) == 2 else 1)
-        room = SCENE_SIZE / 2 - r - 1                                 # how far the center may be from the middle
-        center = np.array([rng.uniform(-room, room), rng.uniform(-room, room)])
-        if len(pairs) == 2:                                           # in its half: at least r from the middle line
+        r = S * rng.uniform(*RADII[size]) * (0.62 if len(pairs) == 2 else 1)
+        room = S / 2 - r - 1                         # how far the center may be from the middle
+        center = rng.uniform(-room, room, 2)
+        if len(pairs) == 2:                          # in a half of its own: at least r from the middle line
             center[int(relation in ("above", "below"))] = side * rng.uniform(min(r, room), room)
             side = -side
-        cover = draw_shape(shape, *(center + SCENE_SIZE / 2), r, rng.uniform(-15, 15))
-        grain = rng.uniform(-60, 60, (SCENE_SIZE, SCENE_SIZE, 1)) + rng.uniform(-15, 15, (SCENE_SIZE, SCENE_SIZE, 3))
+        cover = draw_shape(shape, *(center + S / 2), r, rng.uniform(-15, 15))
+        grain = rng.uniform(-60, 60, (S, S, 1)) + rng.uniform(-15, 15, (S, S, 3))
         pixels = pixels + cover * (COLOURS[colour] + grain - pixels)
         names.append(f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}")
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -814,13 +761,14 @@ def draw_scene(rng, pairs=None, full=False):
     return image, template.format(x=names[0], y=names[-1], r=pick(rng, RELATIONS[relation]),
                                   b=pick(rng, BACKGROUNDS[kind]))
 
-
 def demo_sample(split, index):
     """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen."""
-    # The split is part of the seed, so no two splits share a random stream and no test scene is a training scene.
+    # The split is part of the seed, so no two splits share a random stream and no test scene is a training
+    # scene.
     rng, pairs, label = np.random.default_rng([0, list(SPLITS).index(split), index]), None, None
     if split in ("seen", "unseen"):
-        pairs = [(SEEN if split == "seen" else UNSEEN)[index % len(SEEN if split == "seen" else UNSEEN)]]
+        among = SEEN if split == "seen" else UNSEEN
+        pairs = [among[index % len(among)]]
         label = PAIRS.index(pairs[0])
     elif split == "retrieval":
         pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
@@ -829,33 +777,31 @@ def demo_sample(split, index):
     image.save(jpeg, "JPEG", quality=90)
     return jpeg.getvalue(), caption if label is None else label
 
-
 def make_demo(folder):
-    """Draws the demo data: train/ as shards, the rest as evaluation folders. Does nothing if they are there already."""
+    """Draws the demo data: train/ as shards, the rest as evaluation folders. Does nothing if it is there."""
     if os.path.isdir(folder):
         return
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
     for split, number in SPLITS.items():
-        kind = {"seen": "cls", "unseen": "cls"}.get(split, "txt")
+        kind, target = "cls" if split in ("seen", "unseen") else "txt", os.path.join(part, split)
         scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
         samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
         if split == "train":
-            write_shards(os.path.join(part, split), samples)
+            write_shards(target, samples)
             continue
-        texts = {"test/nshards.txt": [write_shards(os.path.join(part, split, "test"), samples, name="{}.tar")]}
+        texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")]}
         texts |= {"dataset_type.txt": ["retrieval"]} if kind == "txt" else {
             "classnames.txt": map(" ".join, PAIRS), "zeroshot_classification_templates.txt":
             [template.format(x="a {c}") for template in ONE if "{b}" not in template]}
         for name, lines in texts.items():
-            with open(os.path.join(part, split, name), "w") as file:
+            with open(os.path.join(target, name), "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
     os.replace(part, folder)  # under its name only when whole
 
 
 # -----------------------------------------------------------------------------
 # Main.
-
 
 def main():
     """The commands `pack` and `demo`."""
@@ -880,7 +826,6 @@ def main():
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {message(error)}")
-
 
 if __name__ == "__main__":
     main()

@@ -53,7 +53,6 @@ def tiny(**changes):
     """A Config whose images have 4 x 4 patches of 4 x 4 pixels."""
     return Config(**dict(model="128x2-64x2-16", image_size=16, patch_size=4, context_length=24, vocab_size=600) | changes)
 
-
 def random_clip(config):
     """A model in which no bias is zero and no norm the identity, so that none of them can be forgotten unseen."""
     torch.manual_seed(0)
@@ -62,14 +61,11 @@ def random_clip(config):
         p.data += 0.1 * torch.randn_like(p) * (p.ndim == 1)
     return clip
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
-
 def noise_images(B, H=16, W=16, seed=0):
     return torch.randn(B, 3, H, W, generator=seeded(seed))
-
 
 def random_tokens(B, T=24, end=599):
     """(B, T): <start>, between 1 and T - 2 ids, <end>, zeros."""
@@ -79,7 +75,6 @@ def random_tokens(B, T=24, end=599):
         row[:length + 2] = torch.tensor([end - 1, *rng.integers(1, end - 1, length), end])
     return tokens
 
-
 def picture(size=32, background=(90, 100, 110)):
     """A red disc with a white cross on a plain background, as PIL draws it."""
     image = Image.new("RGB", (size, size), background)
@@ -88,7 +83,6 @@ def picture(size=32, background=(90, 100, 110)):
     draw.line((12 * s, 17 * s, 23 * s, 17 * s), fill="white", width=2)
     draw.line((17 * s, 12 * s, 17 * s, 23 * s), fill="white", width=2)
     return image
-
 
 def scene(seed, size=224):
     """A sky that fades, a meadow with grain, a house and a ball with inner detail: as smooth and rough as photographs."""
@@ -108,23 +102,19 @@ def scene(seed, size=224):
         draw.line((x - r + step, horizon - 30, x - r + step + 6, horizon - 10), fill="white", width=3)
     return image
 
-
 def for_model(image):
     """(1, 3, H, W): a PIL image with CLIP's mean and std."""
     pixels = np.asarray(image.convert("RGB"), np.float64).transpose(2, 0, 1) / 255
     return torch.tensor((pixels - np.reshape(data.MEAN, (3, 1, 1))) / np.reshape(data.STD, (3, 1, 1)))[None].float()
-
 
 def two_colours(size=16, split=6):
     image = Image.new("RGB", (size, size), "black")
     image.paste((255, 200, 0), (split, 0, size, size))
     return image
 
-
 KINDS = {"noise": noise_images(1), "constant": for_model(Image.new("RGB", (16, 16), (13, 130, 77))),
          "zero": torch.zeros(1, 3, 16, 16), "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
 each_mask = pytest.mark.parametrize("mask", MASKS)
-
 
 def masked(name, images, ratio, seed=0, **options):
     """make_mask on patches of 4 x 4 pixels; attentive sees a random attention."""
@@ -132,25 +122,20 @@ def masked(name, images, ratio, seed=0, **options):
     attention = torch.rand(len(images), L, generator=seeded(seed + 1))
     return make_mask(name, images, ratio, seeded(seed), **dict(patch_size=4, attention=attention) | options)
 
-
 WORDS = "red green blue small large old new round square striped plain dotted".split()
-
 
 def encoded(image, format="PNG", **options):
     raw = io.BytesIO()
     image.save(raw, format, **options)
     return raw.getvalue()
 
-
 def noise_image(seed=0, width=20, height=20, mode="RGB", format="PNG"):
     """The bytes of a picture of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return encoded(Image.fromarray(pixels).convert(mode), format)
 
-
 def caption_of(i):
     return f"a {WORDS[i % 12]} {WORDS[i * 5 % 12]} thing number {i}"
-
 
 def write_shard(path, members, **options):
     """A tar with these (name, bytes) members, by Python's own tarfile; its path."""
@@ -161,18 +146,15 @@ def write_shard(path, members, **options):
             tar.addfile(member, io.BytesIO(raw))
     return str(path)
 
-
 def pairs(numbers, broken=()):
     for i in numbers:
         yield f"{i:04d}.png", b"no picture" if i in broken else noise_image(i)
         yield f"{i:04d}.txt", caption_of(i).encode()
 
-
 def draw_shards(folder, broken=()):
     """Two shards of 20 pairs each."""
     for shard in (0, 1):
         write_shard(folder / f"{shard}.tar", pairs(range(20 * shard, 20 * shard + 20), broken))
-
 
 def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates="a {c}\nthe {c}.", kind=""):
     """An evaluation folder with one shard; samples: a list of {extension: bytes}."""
@@ -185,7 +167,6 @@ def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates
         if text:
             (path / name).write_text(text, encoding="utf-8")
     return str(path)
-
 
 def labelled(count):
     return [{"jpg": noise_image(number, 40, 32, format="JPEG"), "cls": str(number % 3).encode()}
@@ -204,20 +185,16 @@ def test_help_mentions_every_option_with_its_meaning_and_default(capsys):
         assert f"--{f.name.replace('_', '-')}" in shown
         assert "".join(f"{f.metadata['help']} (default: {default or 'none'})".split()) in shown
 
-
 def test_with_data_the_defaults_are_those_of_the_paper():
     assert clip_pgs.parse(["--data", "x.tar"]) == (Config(data=("x.tar",)), {})
 
-
 def test_without_data_the_demo_has_its_own_defaults_and_options_still_win():
     assert clip_pgs.parse(["--lr", "0.5"])[0] == Config(**clip_pgs.DEMO | dict(lr=0.5))
-
 
 def test_options_arrive_with_the_type_of_their_field():
     config, _ = clip_pgs.parse("--data a b --ratio 0.3 0.5 --no-edges --steps 7 --lr 1 --keep-epochs --mask none".split())
     assert config == Config(data=("a", "b"), ratio=(0.3, 0.5), edges=False, steps=7, lr=1.0, keep_epochs=True,
                             mask="none")
-
 
 @pytest.mark.parametrize("name, value", [
     ("model", "ViT-B-17"), ("mask", "rnd"), ("ratio", (1.0,)), ("ratio", (0.5, 0.3)), ("ratio", (math.nan,)),
@@ -237,7 +214,6 @@ def patches_by_loop(image, P):
     image = image.double().numpy()
     return [image[:, y:y + P, x:x + P] for y in range(0, image.shape[1], P) for x in range(0, image.shape[2], P)]
 
-
 @pytest.mark.parametrize("size", [(16, 16), (8, 20)])
 def test_similarity_is_the_cosine_of_patches_of_zero_mean(size):
     images = noise_images(2, *size)
@@ -247,18 +223,15 @@ def test_similarity_is_the_cosine_of_patches_of_zero_mean(size):
             for j, b in enumerate(patches):
                 assert S[i, j].item() == pytest.approx((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), abs=1e-5)
 
-
 def test_similarity_does_not_see_brightness_and_contrast():
     images = noise_images(2)
     assert patch_similarity(3 * images + 5, 4).allclose(patch_similarity(images, 4), atol=1e-5)
-
 
 def test_flat_grey_patches_are_similar_to_each_other_and_not_to_the_others():
     images = noise_images(1)
     images[..., :4], images[..., 12:] = 1.23, -0.77                     # the first and the last column of patches
     S, flat = patch_similarity(images, 4)[0], torch.tensor([True, False, False, True] * 4)
     assert S[flat][:, flat].min() > 0.999 and S[flat][:, ~flat].abs().max() < 0.01
-
 
 @torch.no_grad()
 def test_embeddings_are_what_enters_the_first_layer_before_its_norm():
@@ -269,13 +242,11 @@ def test_embeddings_are_what_enters_the_first_layer_before_its_norm():
     keep = torch.tensor([[3, 5], [0, 9]])
     assert visual.patch_tokens(images, keep).allclose(expected.take_along_dim(keep[..., None], 1), atol=1e-5)
 
-
 def test_alpha_mixes_the_similarity_of_pixels_with_that_of_embeddings():
     images, embeddings = noise_images(2), torch.randn(2, 16, 5, generator=seeded())
     z = embeddings / embeddings.norm(dim=-1, keepdim=True)
     expected = 0.75 * patch_similarity(images, 4) + 0.25 * z @ z.mT
     assert patch_similarity(images, 4, embeddings, alpha=0.25).allclose(expected, atol=1e-6)
-
 
 def edges_by_loop(image, P):
     """Sobel by hand on one normalised (3, H, W) image: luminance in float64, borders repeated."""
@@ -288,21 +259,17 @@ def edges_by_loop(image, P):
     edges = np.array([p.mean() for p in patches_by_loop(magnitude, P)])
     return (edges - edges.min()) / (edges.max() - edges.min())
 
-
 @pytest.mark.parametrize("images", [noise_images(1), noise_images(1, 8, 20), KINDS["two colours"], KINDS["drawn"]])
 def test_edges_equal_sobel_s_filter_by_hand(images):
     assert sobel_edges(images, 4)[0].numpy() == pytest.approx(edges_by_loop(images[0], 4), abs=1e-5)
-
 
 @pytest.mark.parametrize("images", [KINDS["constant"], KINDS["zero"], for_model(Image.new("RGB", (20, 12), "white"))])
 def test_an_image_of_one_colour_has_no_edges(images):
     assert sobel_edges(images, 4).eq(0).all()
 
-
 def test_edges_are_highest_where_the_image_changes():
     edges = sobel_edges(for_model(two_colours(split=8)), 4).view(4, 4)   # half black: the two middle columns
     assert edges[:, 1:3].allclose(torch.tensor(1.0)) and edges[:, [0, 3]].max() < 1e-6
-
 
 def test_edges_refuse_an_image_that_patches_do_not_cover():
     with pytest.raises(ValueError, match="16x18"):
@@ -321,17 +288,14 @@ def alternating_sinkhorn(S, eps=0.05, tolerance=1e-9):
         plan = plan / plan.sum(1, keepdim=True)
     return plan
 
-
 def random_symmetric(kind):
     """(4, 40, 40) in [-1, 1] with ones on the diagonal: cosines of random vectors, or any numbers."""
     x = F.normalize(torch.randn(4, 40, 12, generator=seeded(), dtype=torch.float64), dim=-1)
     S = x @ x.mT if kind == "cosines" else (2 * torch.rand(4, 40, 40, generator=seeded(), dtype=torch.float64) - 1).triu()
     return (S.triu(1) + S.triu(1).mT + torch.eye(40)).float()
 
-
 SIGNS = torch.tensor([1.0] * 13 + [-1.0] * 3)
 REPEATED = F.normalize(torch.randn(16, 4, generator=seeded()), dim=1)[[0] * 7 + [1] * 3 + [2, 3, 4, 5, 6, 7]]
-
 
 @pytest.mark.parametrize("S", [
     *(patch_similarity(KINDS[kind], 4) for kind in ("noise", "two colours", "drawn")), torch.ones(1, 16, 16),
@@ -342,14 +306,12 @@ def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
     assert T.double().allclose(alternating_sinkhorn(S), atol=1e-4, rtol=0)
     assert T.sum(1).allclose(torch.tensor(1.0), atol=1e-3) and T.sum(2).allclose(torch.tensor(1.0), atol=1e-3)
 
-
 @pytest.mark.parametrize("kind", ["cosines", "any"])
 def test_the_balanced_similarity_ranks_each_row_as_the_log_of_the_transport_plan(kind):
     S = random_symmetric(kind)
     log_plan = alternating_sinkhorn(S, tolerance=1e-14).log()
     assert clip_pgs.balance(S).argsort(-1).equal(log_plan.argsort(-1))
     assert clip_pgs.balance(S).double().allclose(1 + 0.05 * log_plan, atol=1e-5, rtol=0)
-
 
 def test_sinkhorn_computes_in_float32_under_autocast():
     S = patch_similarity(noise_images(2), 4)
@@ -373,7 +335,6 @@ def test_the_highest_scores_go_as_many_as_are_above_one_half_within_the_range(lo
         kept = keep[row] if valid is None else keep[row][valid[row]]
         assert kept.tolist() == sorted(order[n:]) and (valid is None or valid[row, :len(kept)].all())
 
-
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize("size", [(16, 16), (4, 12)])
 @pytest.mark.parametrize("ratio", [0.1, 0.75, 0.99])
@@ -383,18 +344,15 @@ def test_one_ratio_removes_exactly_that_share_of_every_image(mask, size, ratio):
     assert valid is None and (abs(L - keep.shape[1] - ratio * L) <= 0.5 or keep.shape[1] == 1)
     assert keep.diff(dim=1).gt(0).all() and keep.min() >= 0 and keep.max() < L and keep.dtype == torch.int64
 
-
 def test_a_random_range_draws_every_number_in_it():
     _, valid = masked("random", noise_images(400), (0.25, 0.5))
     counts = Counter((16 - valid.sum(1)).tolist())
     assert sorted(counts) == [4, 5, 6, 7, 8] and min(counts.values()) > 400 / 5 / 2
 
-
 def test_random_keeps_every_patch_equally_often():
     keep, _ = masked("random", noise_images(2000), (0.5,))
     share = keep.flatten().bincount(minlength=16) / 2000
     assert share.sub(0.5).abs().max() < 5 * math.sqrt(0.25 / 2000)      # five standard deviations
-
 
 def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
     keep, _ = masked("center", noise_images(4000, 24, 24), (0.5,))
@@ -407,29 +365,24 @@ def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
     assert share.sub(torch.tensor(count / 4000)).abs().max() < 0.05
     assert (share[14] / share[0]).item() == pytest.approx(count[14] / count[0], rel=0.2) and share[14] > 2 * share[0]
 
-
 def test_none_keeps_everything():
     keep, valid = masked("none", noise_images(2), (0.5,))
     assert keep.tolist() == [list(range(16))] * 2 and valid is None
-
 
 def blocks_by_loop(attention):
     """(16,) -> the mean over each patch's 2x2 block of a 4x4 grid."""
     grid = attention.view(4, 4)
     return [grid[y // 2 * 2:y // 2 * 2 + 2, x // 2 * 2:x // 2 * 2 + 2].mean().item() for y in range(4) for x in range(4)]
 
-
 def test_attentive_keeps_the_blocks_with_the_highest_attention():
     attention = torch.rand(3, 16, generator=seeded())
     keep, _ = masked("attentive", noise_images(3), (0.5,), attention=attention)
     assert keep.tolist() == [sorted(sorted(range(16), key=blocks_by_loop(row).__getitem__)[8:]) for row in attention]
 
-
 def test_attentive_ranks_single_patches_where_the_grid_is_odd():
     attention = torch.rand(3, 15, generator=seeded())
     keep, _ = masked("attentive", noise_images(3, 12, 20), (0.4,), attention=attention)
     assert keep.tolist() == [sorted(sorted(range(15), key=row.__getitem__)[6:]) for row in attention.tolist()]
-
 
 @pytest.mark.parametrize("attention", [torch.rand(20, 196, generator=seeded()), torch.ones(20, 196)])
 @pytest.mark.parametrize("ratio", [(0.5,), (0.3,)])
@@ -438,13 +391,11 @@ def test_attentive_splits_at_most_one_block_and_removes_the_exact_number(attenti
     kept = torch.zeros(20, 196).scatter(1, keep, 1.0).view(20, 7, 2, 7, 2).sum((2, 4))  # (20, 7, 7) of each block
     assert keep.shape[1] == 196 - round(ratio[0] * 196) and (kept % 4 > 0).sum((1, 2)).max() <= 1
 
-
 def test_attentive_with_a_range_removes_blocks_that_get_less_than_an_even_share():
     attention = torch.full((1, 16), 1 / 28)
     attention[0, [0, 1, 4, 5]] = 4 / 28                                 # one block of four is above the mean
     keep, valid = masked("attentive", noise_images(1), (0.0, 0.9), attention=attention)
     assert keep[valid].tolist() == [0, 1, 4, 5]
-
 
 def test_cluster_removes_what_is_most_similar_to_its_anchor():
     images, noise = noise_images(3), torch.rand(3, 17, generator=seeded())
@@ -453,7 +404,6 @@ def test_cluster_removes_what_is_most_similar_to_its_anchor():
     for row in range(3):                                                # 3 % of 16 patches: one anchor
         anchor = noise[row, :16].argmax()
         assert keep[row].tolist() == S[row, anchor].argsort()[:8].sort().values.tolist()
-
 
 @pytest.mark.parametrize("transport", [True, False])
 def test_pgs_removes_what_is_most_similar_to_a_candidate(transport):
@@ -466,12 +416,10 @@ def test_pgs_removes_what_is_most_similar_to_a_candidate(transport):
         removed = score[row, candidates].amax(0) + 1e-5 * noise[row, :196]
         assert keep[row].tolist() == removed.argsort()[:98].sort().values.tolist()
 
-
 def test_among_equally_similar_patches_the_candidates_are_the_first_to_go():
     noise = torch.rand(1, 17, generator=seeded())
     keep, _ = masked("pgs", KINDS["constant"], (0.5,), noise=noise)
     assert keep[0].tolist() == noise[0, :16].argsort()[:8].sort().values.tolist()
-
 
 def test_pgs_without_edges_proposes_patches_by_noise_alone():
     noise = torch.full((1, 17), 0.1)
@@ -480,7 +428,6 @@ def test_pgs_without_edges_proposes_patches_by_noise_alone():
     assert 6 not in masked("pgs", images, (0.1,), noise=noise, edges=False)[0]
     assert 6 in masked("pgs", images, (0.1,), noise=noise * 0.5, edges=True)[0]
 
-
 @pytest.mark.parametrize("mask", ["cluster", "pgs"])
 def test_with_a_range_pixels_alone_decide_how_many_go_and_embeddings_which(mask):
     images, noise = torch.cat([for_model(scene(i)) for i in range(6)]), torch.rand(6, 197, generator=seeded())
@@ -488,14 +435,12 @@ def test_with_a_range_pixels_alone_decide_how_many_go_and_embeddings_which(mask)
     plain, mixed = (make_mask(mask, images, (0.1, 0.9), noise=noise, embeddings=alike, alpha=alpha) for alpha in (0, 0.8))
     assert mixed[1].equal(plain[1]) and len(plain[1].sum(1).unique()) > 1 and not mixed[0].equal(plain[0])
 
-
 def test_how_often_a_patch_is_proposed_falls_with_its_edges():
     edges = torch.linspace(0, 1, 64) ** 2
     drawn = clip_pgs.pgs_candidates(edges.expand(20_000, -1), torch.rand(20_000, 64, generator=seeded()))
     often = drawn.flatten().bincount(minlength=64).double()
     smooth = often.unfold(0, 8, 8).mean(1)
     assert drawn.shape == (20_000, 3) and smooth.diff().le(0).all() and often[:8].gt(0).all()
-
 
 def patches_that_differ(mask, switch):
     """How many of the 98 patches that the mask removes stay with the options `switch`, mean over 12 scenes."""
@@ -506,13 +451,11 @@ def patches_that_differ(mask, switch):
         noise=noise, embeddings=embeddings, alpha=0.5) | changes)[0], 0.0) for changes in ({}, switch)]
     return (removed[0] * (1 - removed[1])).sum(1).mean().item()
 
-
 @pytest.mark.parametrize("mask, switch, least", [
     ("pgs", dict(edges=False), 12), ("pgs", dict(transport=False), 2.5), ("pgs", dict(embeddings=None), 2.5),
     ("cluster", dict(embeddings=None), 2.5)])
 def test_every_switch_changes_the_mask_of_a_picture(mask, switch, least):
     assert least < patches_that_differ(mask, switch) < 50
-
 
 def test_blocks_change_the_mask_of_a_picture():
     images = torch.cat([for_model(scene(i)) for i in range(4)])
@@ -522,14 +465,12 @@ def test_blocks_change_the_mask_of_a_picture():
     single = attention.argsort(1, descending=True)[:, :98]              # the patches that rank alone would keep
     assert np.mean([len(set(a) - set(b)) for a, b in zip(keep.tolist(), single.tolist())]) > 10
 
-
 def test_pgs_keeps_more_edges_than_random_does():
     images = torch.cat([for_model(scene(i)) for i in range(12)])
     edges = sobel_edges(images)
     kept = {mask: (edges.gather(1, make_mask(mask, images, (0.5,), seeded())[0]).sum() / edges.sum()).item()
             for mask in ("pgs", "random")}
     assert kept["random"] == pytest.approx(0.5, abs=0.03) and kept["pgs"] > 0.65
-
 
 @each_mask
 @pytest.mark.parametrize("ratio", [(0.5,), (0.3, 0.7)])
@@ -547,13 +488,11 @@ def test_a_mask_does_not_depend_on_the_other_images_in_the_batch(mask, ratio):
         alone, real = mask_of([i])
         assert alone[0].equal(keep[i]) and (valid is None or real[0].equal(valid[i]))
 
-
 def test_the_same_generator_makes_the_same_mask_also_under_autocast_and_another_one_another():
     first = masked("pgs", noise_images(4), (0.5,), seed=0)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert first.equal(masked("pgs", noise_images(4), (0.5,), seed=0)[0])
     assert not first.equal(masked("pgs", noise_images(4), (0.5,), seed=1)[0])
-
 
 def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
     readme, source = (open(os.path.join(HERE, name), encoding="utf-8").read() for name in ("README.md", "clip_pgs.py"))
@@ -567,7 +506,6 @@ def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
     keep, _ = mine.make_mask("bright", noise_images(2), (0.5,), patch_size=4)
     expected = clip_pgs.patchify(noise_images(2), 4).mean(-1).argsort(1)[:, :8].sort(1).values
     assert keep.equal(expected)
-
 
 @pytest.mark.parametrize("mask, ratio, options, says", [
     ("dropout", (0.5,), {}, "none, random, center, cluster, attentive, pgs"), ("random", (1.0,), {}, "--ratio"),
@@ -585,7 +523,6 @@ def test_vit_b_16_has_as_many_parameters_as_open_clip_s():
     with torch.device("meta"):
         assert sum(p.numel() for p in CLIP(Config()).parameters()) == 149_620_737
 
-
 def test_parameters_have_open_clip_s_names():
     block = ["ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
              "attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
@@ -597,13 +534,11 @@ def test_parameters_have_open_clip_s_names():
              "ln_final.bias", *blocks, *(f"visual.{name}" for name in visual)]
     assert sorted(CLIP(tiny()).state_dict()) == sorted(names)
 
-
 def test_quick_gelu_is_x_times_sigmoid_of_1_702_x():
     x = torch.linspace(-4, 4, 9, dtype=torch.float64)
     expected = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
     block = CLIP(tiny(quick_gelu=True)).visual.transformer.resblocks[0]
     assert block.mlp.gelu(x).tolist() == pytest.approx(expected, rel=1e-12)
-
 
 def test_a_block_equals_pytorch_s_own_transformer_layer():
     block = random_clip(tiny()).visual.transformer.resblocks[0]
@@ -615,11 +550,9 @@ def test_a_block_equals_pytorch_s_own_transformer_layer():
     x = torch.randn(2, 5, 128, generator=seeded())
     assert block(x).allclose(layer(x), atol=1e-5)
 
-
 def test_keeping_all_patches_changes_nothing_at_all():
     clip, images = random_clip(tiny()), noise_images(3)
     assert clip.encode_image(images, torch.arange(16).expand(3, 16)).equal(clip.encode_image(images))
-
 
 def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
     clip, images = random_clip(tiny()), noise_images(2)
@@ -629,7 +562,6 @@ def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
     assert clip.encode_image(changed, keep).equal(clip.encode_image(images, keep))
     assert not clip.encode_image(changed).allclose(clip.encode_image(images))
 
-
 def ragged(B):
     """Images with between 1 and 12 of their 16 patches kept, and the features of each encoded alone."""
     clip, images = random_clip(tiny()), noise_images(B)
@@ -638,11 +570,9 @@ def ragged(B):
     alone = torch.cat([clip.encode_image(images[i:i + 1], keep[i:i + 1, valid[i]]) for i in range(B)])
     return clip, images, keep, valid, alone
 
-
 def test_padded_slots_do_not_change_the_features():
     clip, images, keep, valid, alone = ragged(20)
     assert clip.encode_image(images, keep, valid).allclose(alone, atol=1e-5)
-
 
 def test_padded_slots_do_not_change_the_gradients():
     clip, images, keep, valid, alone = ragged(5)
@@ -655,7 +585,6 @@ def test_padded_slots_do_not_change_the_gradients():
     seen = torch.zeros(5, 16).scatter(1, keep, valid.float())
     assert clip_pgs.patchify(pixels, 4).abs().sum(2).gt(0).equal(seen.gt(0))
 
-
 def tokens_computed(tower, work):
     """How many tokens the first layer's MLP sees while work() runs."""
     seen = []
@@ -663,14 +592,12 @@ def tokens_computed(tower, work):
         work()
     return sum(seen)
 
-
 def test_padding_is_not_computed():
     clip, images, keep, valid, _ = ragged(20)
     computed = tokens_computed(clip.visual.transformer, lambda: clip.encode_image(images, keep, valid))
     assert computed == valid.sum() + 20 < valid.numel()                 # a class token per image
     tokens = random_tokens(20)
     assert tokens_computed(clip.transformer, lambda: clip.encode_text(tokens)) == tokens.ne(0).sum() < tokens.numel()
-
 
 def test_a_caption_s_feature_depends_on_all_before_its_end_and_on_nothing_after_it():
     clip, tokens = random_clip(tiny()), random_tokens(6)
@@ -681,12 +608,10 @@ def test_a_caption_s_feature_depends_on_all_before_its_end_and_on_nothing_after_
         changed[0, place] = 77
         assert not clip.encode_text(changed).allclose(clip.encode_text(torch.tensor([[598, 1, 2, 3, 599]])), atol=1e-4)
 
-
 def test_captions_encoded_together_get_the_features_of_each_alone():
     clip, tokens = random_clip(tiny()), random_tokens(20)
     alone = torch.cat([clip.encode_text(row[None]) for row in tokens])
     assert clip.encode_text(tokens).allclose(alone, atol=1e-5)
-
 
 @pytest.mark.parametrize("ratio", [(0.5,), (0.25, 0.75)])
 def test_gradient_checkpointing_gives_the_same_bits(ratio):
@@ -708,7 +633,6 @@ def class_attention_by_brute_force(visual, images):
         x = block(x)
     return torch.stack(rows).mean(0)
 
-
 def test_class_attention_is_the_class_token_s_row_of_all_attention_maps():
     clip, images = random_clip(tiny()), noise_images(3)
     visual, expected = clip.visual, class_attention_by_brute_force(clip.visual, images)
@@ -716,13 +640,11 @@ def test_class_attention_is_the_class_token_s_row_of_all_attention_maps():
     assert attention.double().allclose(expected, atol=1e-6)
     assert (token @ visual.proj).allclose(clip.encode_image(images), atol=1e-5)
 
-
 def test_class_attention_at_half_the_size_is_stretched_over_all_patches():
     visual, images = random_clip(tiny()).visual, noise_images(3)
     half = F.interpolate(images, (8, 8), mode="bilinear", antialias=True)
     expected = F.interpolate(class_attention_by_brute_force(visual, half).view(3, 1, 2, 2), (4, 4), mode="bilinear")
     assert clip_pgs.class_attention(visual, images, size=8)[0].double().allclose(expected.flatten(1), atol=1e-6)
-
 
 @pytest.mark.parametrize("progress, share", [(0, 0.004), (0.5, 0.002), (1, 0)])
 def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progress, share):
@@ -738,7 +660,6 @@ def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progr
 def features(B=6, E=4):
     return [torch.randn(B, E, dtype=torch.float64, generator=seeded(i), requires_grad=True) for i in (0, 1)]
 
-
 def loss_by_loop(images, texts, scale):
     """Symmetric cross entropy as two nested loops over pairs."""
     B, total = len(images), 0.0
@@ -748,7 +669,6 @@ def loss_by_loop(images, texts, scale):
         total += math.log(sum(math.exp(cosine[b][a]) for b in range(B))) - cosine[a][a]
     return total / (2 * B)
 
-
 def test_the_loss_equals_a_double_loop_over_the_decoded_pairs():
     images, texts = features()
     assert clip_pgs.clip_loss(images, texts, 14.3).item() == pytest.approx(loss_by_loop(images, texts, 14.3), abs=1e-12)
@@ -756,12 +676,10 @@ def test_the_loss_equals_a_double_loop_over_the_decoded_pairs():
     expected = loss_by_loop(images[decoded], texts[decoded], 9.0)
     assert clip_pgs.clip_loss(images, texts, 9.0, decoded).item() == pytest.approx(expected, abs=1e-12)
 
-
 def test_the_gradients_of_the_loss_equal_finite_differences():
     scale, decoded = torch.tensor(5.0, dtype=torch.float64, requires_grad=True), torch.tensor([True] * 4 + [False, True])
     assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale))
     assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale, decoded))
-
 
 def test_identical_features_cost_log_batch_size():
     same = torch.ones(7, 4)
@@ -782,7 +700,6 @@ def test_nt_xent_equals_a_loop_and_sees_both_views():
     assert clip_pgs.nt_xent(a, b.flip(0)).item() != pytest.approx(total / 12, abs=1e-3)
     assert torch.autograd.gradcheck(clip_pgs.nt_xent, (a, b))
 
-
 def test_byol_is_0_for_equal_and_4_for_opposite_vectors_and_teaches_one_side_only():
     a, b = features()
     assert clip_pgs.byol(a, 3 * a).item() == pytest.approx(0, abs=1e-9)
@@ -791,13 +708,11 @@ def test_byol_is_0_for_equal_and_4_for_opposite_vectors_and_teaches_one_side_onl
     clip_pgs.byol(a, b).backward()
     assert a.grad.abs().sum() > 0 and b.grad is None
 
-
 def test_attention_cut_by_a_box_of_whole_patches_is_a_slice_and_by_the_whole_box_itself():
     attention = torch.rand(2, 64, generator=seeded())
     whole, part = torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
     assert clip_pgs.cut_attention(attention, whole, 8).allclose(attention, atol=1e-6)
     assert clip_pgs.cut_attention(attention, part, 4).allclose(attention.view(2, 8, 8)[:, 4:, 2:6].flatten(1), atol=1e-6)
-
 
 def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path):
     x, y = np.meshgrid(np.arange(256), np.arange(256))
@@ -814,7 +729,6 @@ def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path):
     for view, box in zip(images[:2, 0, :2].double(), boxes[:, 0].double()):
         seen = torch.cat([view.flatten(1).amin(1), view.flatten(1).amax(1)])
         assert (seen - (low.repeat(2) + box * (high - low).repeat(2))).abs().max() < 5
-
 
 def test_two_views_cost_the_mean_of_both_and_the_heads_add_the_contrast():
     base = one_step(tiny(mask="random", views=2))[0]
@@ -833,12 +747,10 @@ def test_only_matrices_decay():
     assert {p.ndim for p in decay["params"]} == {2, 4} and {p.ndim for p in rest["params"]} == {0, 1}
     assert len(decay["params"]) + len(rest["params"]) == len(list(clip.parameters()))
 
-
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_zero():
     rates = [clip_pgs.learning_rate(step, 110, peak=2.0, warmup=10) for step in (0, 4, 9, 10, 35, 60, 85, 109, 110)]
     cosine = [1 + math.cos(math.pi * share) for share in (0, 0.25, 0.5, 0.75, 0.99, 1)]
     assert rates == pytest.approx([0.2, 1.0, 2.0, *cosine], abs=1e-12)
-
 
 def test_warm_up_takes_at_most_a_fifth_of_a_run():
     assert [clip_pgs.learning_rate(step, 10, 1.0, 10_000) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
@@ -849,7 +761,6 @@ def test_warm_up_takes_at_most_a_fifth_of_a_run():
 # One step, in one pass or many, on one rank or two.
 
 BOXES = torch.tensor([[0.0, 0.0, 1.0, 0.7], [0.2, 0.1, 1.0, 1.0]])
-
 
 def one_step(config):
     """(1 + P,) loss and gradients of a step on 8 pairs, one of them not decoded, shared out among the ranks."""
@@ -871,16 +782,13 @@ def one_step(config):
         mean = mean / world_size
     return torch.cat([mean, *(p.grad.flatten() for p in parameters if p.requires_grad)])
 
-
 FULL = dict(mask="attentive", views=2, contrast=("simclr", "byol"))   # A-CLIP
 RANGE = dict(mask="pgs", ratio=(0.25, 0.75))
-
 
 @pytest.mark.parametrize("changes", [dict(mask="none"), dict(mask="pgs"), dict(mask="pgs", ratio=(0.25, 0.75)), FULL])
 def test_many_small_passes_make_the_gradients_of_one_large_batch(changes):
     whole, parts = (one_step(tiny(accum=accum, **changes)) for accum in (1, 4))
     assert whole[1:].abs().max() > 0.1 and parts.allclose(whole, rtol=0, atol=1e-5)
-
 
 def work_of_a_rank(rank, folder):
     """What two processes do for the tests below; leaves its results in the folder."""
@@ -895,7 +803,6 @@ def work_of_a_rank(rank, folder):
     torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
     os._exit(0)  # as main does
 
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """A folder with the work of one process (`one`) and of two: gradients, masks, whole training runs."""
@@ -907,7 +814,6 @@ def two_ranks(tmp_path_factory):
     torch.multiprocessing.spawn(work_of_a_rank, (str(folder),), nprocs=2)
     return folder
 
-
 @pytest.mark.parametrize("number", range(4), ids=["range", "range, accum 2", "A-CLIP", "A-CLIP, accum 2"])
 def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, number):
     expected = one_step(tiny(**(RANGE, FULL)[number // 2]))
@@ -915,22 +821,18 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_rank
         steps, _ = torch.load(two_ranks / f"rank_{rank}.pt")
         assert steps[number].allclose(expected, rtol=0, atol=1e-5)
 
-
 def test_two_ranks_never_draw_the_same_masks(two_ranks):
     (_, first), (_, second) = (torch.load(two_ranks / f"rank_{rank}.pt") for rank in (0, 1))
     assert torch.cat([first, second], dim=1).equal(clip_pgs.step_noise(tiny(**RANGE), 3, 8, CPU))
     assert len(torch.cat([first, second], dim=1)[0].unique(dim=0)) == 8
 
-
 def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two_ranks):
     assert losses(two_ranks / "two") == pytest.approx(losses(two_ranks / "one"), abs=1e-5)
-
 
 def test_a_run_of_one_rank_goes_on_with_two_and_with_its_folders(two_ranks):
     assert losses(two_ranks / "resumed") == pytest.approx(losses(two_ranks / "one")[5:], abs=1e-5)
     one, resumed = ([r["eval"] for r in read_log(two_ranks / name) if "eval" in r] for name in ("one", "resumed"))
     assert resumed == one[1:] and one[1][str(two_ranks / "val")].keys() == {"acc1", "acc5", "mean_per_class_recall"}
-
 
 @each_mask
 def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
@@ -954,18 +856,14 @@ def options(folder, *more):
         "--model", "128x2-64x2-16", "--image-size", 16, "--patch-size", 4, "--context-length", 12, "--vocab-size", 600,
         "--batch-size", 8, "--epochs", 2, "--workers", 0, *more))]
 
-
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
 
 def losses(folder):
     return [record["loss"] for record in read_log(folder) if "eval" not in record]
 
-
 def without_speed(log):
     return [{k: v for k, v in record.items() if k != "images_per_s"} for record in log]
-
 
 def command(*arguments):
     """`python clip_pgs.py arguments`, in this process, which keeps its command line and its signals."""
@@ -979,7 +877,6 @@ def command(*arguments):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-
 @pytest.fixture
 def train(tmp_path):
     """train(options, out=folder): a tiny run on 40 pairs; returns its log."""
@@ -989,7 +886,6 @@ def train(tmp_path):
         command(*options(tmp_path, "--out", tmp_path / out, *more))
         return read_log(tmp_path / out)
     return run
-
 
 def test_a_run_leaves_a_log_a_checkpoint_and_a_picture_and_says_what_to_do_next(train, tmp_path, capsys):
     log = train()
@@ -1002,12 +898,10 @@ def test_a_run_leaves_a_log_a_checkpoint_and_a_picture_and_says_what_to_do_next(
     printed = capsys.readouterr().out
     assert "8 of 16 patches removed" in printed and "python evaluate.py" in printed.splitlines()[-1]
 
-
 def test_the_same_seed_gives_the_same_losses_to_the_last_digit_with_any_number_of_workers(train):
     first = train("--seed", 1)
     assert without_speed(train("--seed", 1, "--workers", 2, out="again")) == without_speed(first)
     assert without_speed(train("--seed", 2, out="other")) != without_speed(first)
-
 
 @pytest.mark.parametrize("more", [("--mask", "pgs"), ("--mask", "attentive"), ("--mask", "random", "--text-tokens", 4),
                                   ("--mask", "attentive", "--views", 2, "--contrast", "simclr", "byol")])
@@ -1016,29 +910,24 @@ def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp
     command("--resume", tmp_path / "out" / "epoch_1.pt", "--out", tmp_path / "rest")   # with the options of its run
     assert without_speed(read_log(tmp_path / "rest")) == without_speed(whole)[5:]
 
-
 def test_accumulated_runs_have_the_losses_of_the_large_batch(train):
     parts = train("--mask", "attentive", "--batch-size", 2, "--accum", 4, out="parts")
     whole = train("--mask", "attentive")
     assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in whole], abs=1e-5)
 
-
 def test_training_learns_its_pairs_by_heart(train):
     log = train("--epochs", 20, "--lr", 0.003, "--mask", "none", "--scale", 1, 1)
     assert np.mean([record["loss"] for record in log[-5:]]) < 1         # chance: log(8) = 2.1
-
 
 def test_the_last_epochs_can_see_whole_images_but_no_more_than_half_of_the_run(train, capsys):
     assert [record["kept"] for record in train("--unmasked-epochs", 0.6)] == [0.5] * 7 + [1.0] * 3
     assert [record["kept"] for record in train("--unmasked-epochs", 9, "--steps", 5, out="five")] == [0.5] * 3 + [1.0] * 2
     assert "3 with mask pgs, 8 of 16 patches removed, 2 on whole images" in capsys.readouterr().out
 
-
 def change_checkpoint(path, name, value):
     state = torch.load(path)
     state["model"][name].fill_(value)
     torch.save(state, path)
-
 
 def test_logit_scale_never_exceeds_100(train, tmp_path):
     train("--steps", 5)
@@ -1046,14 +935,12 @@ def test_logit_scale_never_exceeds_100(train, tmp_path):
     log = train("--steps", 8, "--resume")
     assert log[5]["logit_scale"] == pytest.approx(100) and max(r["logit_scale"] for r in log[5:]) < 100.001
 
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, tmp_path):
     train("--steps", 3)
     change_checkpoint(tmp_path / "out" / "ckpt.pt", "visual.proj", math.nan)
     with pytest.raises(SystemExit, match="^error: step 4: the loss is nan[^\n]*$"):
         train("--steps", 5, "--resume", "--save-every", 1)
     assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 3
-
 
 def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(train, tmp_path):
     train("--steps", 3)
@@ -1064,23 +951,19 @@ def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(tr
     with pytest.raises(SystemExit, match="^error: --resume [^\n]*had 40 samples, now there are 36"):
         train("--steps", 8, "--accum", 1, "--resume")
 
-
 def test_resume_alone_starts_fresh_where_there_is_no_checkpoint(train):
     assert len(train("--resume", "--steps", 2)) == 2
-
 
 def test_every_epoch_is_evaluated_and_the_result_is_in_the_log_and_on_the_screen(train, tmp_path, capsys):
     folder = make_folder(tmp_path / "val", labelled(4))
     evaluated = [(r["step"], r["eval"][folder]["acc5"]) for r in train("--val", folder) if "eval" in r]
     assert evaluated == [(5, 1.0), (10, 1.0)] and "acc1" in capsys.readouterr().out
 
-
 def test_broken_samples_are_counted_and_reported_once(train, tmp_path, capsys):
     draw_shards(tmp_path, broken=(7, 33))
     train("--epochs", 1)
     printed = capsys.readouterr().out
     assert printed.count("2 of 40 samples skipped") == printed.count("       2  cannot identify image file") == 1
-
 
 def test_too_many_broken_samples_stop_the_run_before_a_checkpoint(train, tmp_path):
     draw_shards(tmp_path, broken=range(20))
@@ -1090,7 +973,6 @@ def test_too_many_broken_samples_stop_the_run_before_a_checkpoint(train, tmp_pat
         assert part in stop.value.code
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
-
 def test_a_batch_without_a_pair_is_an_error_and_not_a_step(train, tmp_path):
     for shard in (0, 1):
         write_shard(tmp_path / f"{shard}.tar", [(f"{i}.{kind}", raw) for i in range(20)
@@ -1099,14 +981,12 @@ def test_a_batch_without_a_pair_is_an_error_and_not_a_step(train, tmp_path):
         train("--max-bad", 1)
     assert not (tmp_path / "out" / "ckpt.pt").exists() and read_log(tmp_path / "out") == []
 
-
 def test_a_shard_that_is_cut_while_training_stops_the_run_with_its_name(train, tmp_path, monkeypatch):
     monkeypatch.setattr(data.Batches, "__getitem__", lambda batches, number, read=data.Batches.__getitem__: (
         number == 3 and os.truncate(tmp_path / "1.tar", 3000), read(batches, number))[1])
     with pytest.raises(SystemExit, match="^error: [^\n]*1.tar: ends before byte[^\n]*$"):
         train("--save-every", 1)
     assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 3
-
 
 def test_a_fresh_start_never_overwrites_a_run(train, tmp_path):
     train("--steps", 3, "--mask", "random")
@@ -1117,7 +997,6 @@ def test_a_fresh_start_never_overwrites_a_run(train, tmp_path):
             train(*more)
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
-
 def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path):
     train("--steps", 3)
     with open(tmp_path / "out" / ".lock", "w") as lock:
@@ -1126,13 +1005,11 @@ def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path):
         _, errors = second.communicate(timeout=60)
     assert second.returncode == 1 and "another process trains there" in errors and "Traceback" not in errors
 
-
 def test_damaged_lines_of_a_log_are_dropped_with_a_warning(train, tmp_path, capsys):
     train("--epochs", 1)
     with open(tmp_path / "out" / "log.jsonl", "a") as log:
         log.write("\0\0\0\n\n{}\n3\n")
     assert len(train("--epochs", 2, "--resume")) == 10 and "4 damaged lines dropped" in capsys.readouterr().out
-
 
 def test_a_folder_that_fails_is_named_and_does_not_end_the_training(train, tmp_path, capsys):
     samples = labelled(3)
@@ -1143,7 +1020,6 @@ def test_a_folder_that_fails_is_named_and_does_not_end_the_training(train, tmp_p
     printed = capsys.readouterr().out
     assert stop.value.code == 1 and len(losses(tmp_path / "out")) == 10
     assert f"| {bad}" in printed and "001.jpg does not decode" in printed and "wrote" in printed
-
 
 def test_init_starts_from_weights_with_a_new_optimizer_and_another_image_size(train, tmp_path):
     train("--steps", 3)
@@ -1156,13 +1032,11 @@ def test_init_starts_from_weights_with_a_new_optimizer_and_another_image_size(tr
     assert all(new["model"][name].equal(x) for name, x in old["model"].items()
                if name not in ("visual.positional_embedding", "logit_scale"))
 
-
 def test_positions_are_stretched_as_an_image_would_be():
     grid = torch.randn(1, 8, 4, 4, generator=seeded())
     expected = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2)[0].T
     assert clip_pgs.resize_positions(grid.flatten(2)[0].T, 36).equal(expected)
     assert clip_pgs.resize_positions(grid.flatten(2)[0].T, 16).equal(grid.flatten(2)[0].T)
-
 
 def test_grad_clip_limits_the_norm_of_the_gradient_and_counts_what_it_was():
     config, clip = tiny(mask="none", grad_clip=0.01), random_clip(tiny())
@@ -1173,18 +1047,15 @@ def test_grad_clip_limits_the_norm_of_the_gradient_and_counts_what_it_was():
     moved = torch.cat([(p - old).flatten() for p, old in zip(clip.parameters(), before)]).norm()
     assert moved.item() == pytest.approx(0.01, rel=1e-3) and numbers["grad_norm"] > 0.1
 
-
 def test_bf16_on_a_cpu_is_near_fp32(train):
     fp32, bf16 = train(), train("--precision", "bf16", out="bf16")
     differences = [abs(a["loss"] - b["loss"]) for a, b in zip(fp32, bf16)]
     assert 0 < max(differences) < 0.05
 
-
 def test_slurm_tasks_without_torchrun_are_told_to_use_it(train, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     with pytest.raises(SystemExit, match="SLURM_NTASKS[^\n]*torchrun"):
         train()
-
 
 def started(folder, *more):
     """`python clip_pgs.py` in another process, which the demo model keeps busy for some seconds."""
@@ -1192,9 +1063,7 @@ def started(folder, *more):
                             cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
-
 LONG = ("--epochs", 10, "--save-every", 3, "--mask", "attentive", "--workers", 1)   # 50 steps
-
 
 def signalled(folder, out, number, least):
     """Starts a long run, sends it a signal after `least` steps; (exit status, stderr, steps it had logged)."""
@@ -1206,7 +1075,6 @@ def signalled(folder, out, number, least):
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors, log.read_text().count("\n")
 
-
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
     """A folder with shards and, in `whole`, an uninterrupted run on them."""
@@ -1215,13 +1083,11 @@ def long_run(tmp_path_factory):
     command(*options(folder, "--model", "demo", *LONG, "--out", folder / "whole"))
     return folder
 
-
 def test_a_killed_run_resumed_in_the_middle_of_an_epoch_has_the_log_of_an_uninterrupted_one(long_run):
     status, _, steps = signalled(long_run, "killed", signal.SIGKILL, least=7)
     assert status == -signal.SIGKILL and 7 <= steps < 50
     command("--resume", "--out", long_run / "killed")
     assert without_speed(read_log(long_run / "killed")) == without_speed(read_log(long_run / "whole"))
-
 
 def test_a_terminated_run_finishes_its_step_writes_a_checkpoint_and_says_how_to_go_on(long_run):
     status, errors, steps = signalled(long_run, "stopped", signal.SIGTERM, least=6)
@@ -1231,7 +1097,6 @@ def test_a_terminated_run_finishes_its_step_writes_a_checkpoint_and_says_how_to_
     command("--resume", "--out", long_run / "stopped")
     assert without_speed(read_log(long_run / "stopped")) == without_speed(read_log(long_run / "whole"))
 
-
 def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(long_run):
     most = 100_000  # bytes in a file: too few for the checkpoint that rank 0 writes after step 3, while rank 1 goes on
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -1239,7 +1104,6 @@ def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(long_run):
                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)), timeout=60,
                          cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 1 and f"error: {long_run}/full/ckpt.pt: " in run.stderr
-
 
 @pytest.mark.parametrize("arguments, says", [
     ("--data {}/missing.tar", "missing.tar: no such file"),
@@ -1271,7 +1135,6 @@ def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, mode):
     sheet = Image.open(tmp_path / "out" / "masks.png")
     assert sheet.size == (8 * 176, 2 * 191)  # photograph, edges, attention, five masks, a line of text below; two rows
 
-
 def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, capsys):
     train("--mask", "attentive", "--steps", 2)
     picture(40).save(tmp_path / "photo.png")
@@ -1286,10 +1149,8 @@ def test_masks_can_be_shown_with_the_encoder_of_a_checkpoint(train, tmp_path, ca
 def captions_in(shards, index):
     return [data.captions(shards[row["shard"]], row)[0] for row in index]
 
-
 def images_in(shards, index):
     return [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
-
 
 def test_brace_ranges_keep_their_width_and_multiply_and_a_shard_named_twice_is_read_once(tmp_path):
     every = [f"{tmp_path}/{name}" for name in ("08-1", "08-2", "09-1", "09-2", "10-1", "10-2")]
@@ -1297,18 +1158,15 @@ def test_brace_ranges_keep_their_width_and_multiply_and_a_shard_named_twice_is_r
         open(path, "w").close()
     assert data.expand([f"{tmp_path}/{{08..10}}-{{1..2}}", f"{tmp_path}/*", every[0]]) == every
 
-
 @pytest.mark.parametrize("pattern, says", [("*.rat", "the pattern matches no file"), ("{3..1}.tar", "range"), ("", "a folder")])
 def test_a_pattern_that_stands_for_nothing_is_refused(tmp_path, pattern, says):
     with pytest.raises(ValueError, match=says):
         data.expand([f"{tmp_path}/{pattern}"])
 
-
 def test_a_key_ends_at_the_first_dot_and_hidden_files_do_not_count(tmp_path):
     path = write_shard(tmp_path / "0.tar", [("v1.0/7.seg.png", b""), ("v1.0/7.TXT", b""), ("7.txt", b""), ("._7.txt", b"")])
     assert [(key, sorted(files)) for key, files in data.tar_samples(path)[0]] == [("v1.0/7", ["seg.png", "txt"]),
                                                                                   ("7", ["txt"])]
-
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_dialect_of_tar_is_read_and_only_its_files(tmp_path, format):
@@ -1322,14 +1180,12 @@ def test_every_dialect_of_tar_is_read_and_only_its_files(tmp_path, format):
             tar.addfile(member)
     assert [(name, data.read_bytes(path, *at)) for name, *at in data.tar_members(path)] == members
 
-
 def test_member_names_are_never_used_as_paths(tmp_path):
     members = [("../../evil.png", noise_image()), ("../../evil.txt", b"a thing"), ("/etc/pw.png", noise_image()),
                ("/etc/pw.txt", b"x")]
     shards = [write_shard(tmp_path / "0.tar", members)]
     assert captions_in(shards, data.build_index(shards)[0]) == ["a thing", "x"]
     assert os.listdir(tmp_path) == ["0.tar"]
-
 
 def damaged_tars(folder):
     """{what the message says: a tar of four pairs that is damaged so}"""
@@ -1340,13 +1196,12 @@ def damaged_tars(folder):
     return {"truncated": whole[:header + 612], "truncated, the tar breaks off": whole[:start["0003.txt"] - 512],
             "empty file, not a tar": b"", "not a tar": b"hello " * 500, "a tar without files": bytes(10240),
             "more than zeros": whole[:header] + b"?" * 512 + whole[header + 512:], "damaged header": sized,
-            "two tars in one file": whole + whole, "compressed by gzip": gzip.compress(whole),
+            "two tars in one file": whole + whole, "compressed: unpack it": gzip.compress(whole),
             "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"}
-
 
 @pytest.mark.parametrize("says", ["truncated", "truncated, the tar breaks off", "empty file, not a tar", "not a tar",
                                   "a tar without files", "more than zeros", "damaged header", "two tars in one file",
-                                  "compressed by gzip", "git lfs pull"])
+                                  "compressed: unpack it", "git lfs pull"])
 def test_a_damaged_tar_is_named_with_its_fault_and_gives_what_stands_before_it(tmp_path, says):
     (tmp_path / "0.tar").write_bytes(damaged_tars(tmp_path)[says])
     samples, fault = data.tar_samples(str(tmp_path / "0.tar"))
@@ -1355,7 +1210,6 @@ def test_a_damaged_tar_is_named_with_its_fault_and_gives_what_stands_before_it(t
     assert complete == {"truncated": ["0000", "0001"], "truncated, the tar breaks off": ["0000", "0001", "0002"],
                         "more than zeros": ["0000", "0001"], "damaged header": ["0000", "0001"],
                         "two tars in one file": ["0000", "0001", "0002", "0003"]}.get(says, [])
-
 
 def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
     write_shard(tmp_path / "0.tar", [(name, raw[:40]) for name, raw in pairs(range(3))])
@@ -1368,7 +1222,6 @@ def test_random_damage_to_a_tar_is_an_error_or_nothing(tmp_path):
         samples, fault = data.tar_samples(str(tmp_path / "1.tar"))
         assert len(samples) < 20 and (not fault or "1.tar: " in fault)
 
-
 def test_the_index_holds_every_image_with_a_caption(tmp_path):
     members = [("a.json", b'{"caption": "from json", "url": "x"}'), ("a.webp", noise_image(5)),
                ("b.jpeg", noise_image(6)), ("b.txt", "grün".encode()), ("b.json", b"{}")]
@@ -1378,7 +1231,6 @@ def test_the_index_holds_every_image_with_a_caption(tmp_path):
     assert captions_in(shards, index) == [caption_of(0), caption_of(1), "from json", "grün"]
     assert images_in(shards, index) == [noise_image(0), noise_image(1), noise_image(5), noise_image(6)]
 
-
 def test_keys_that_start_again_are_other_samples_and_members_may_lie_apart(tmp_path):
     apart = [("0.png", b"0"), ("1.png", b"1"), ("1.txt", b"one"), ("0.txt", b"zero")]
     again = [("0.png", b"2"), ("0.txt", b"two"), ("1.txt", b"three")]
@@ -1386,12 +1238,10 @@ def test_keys_that_start_again_are_other_samples_and_members_may_lie_apart(tmp_p
     index, _ = data.build_index(shards, max_bad=0.5)
     assert (captions_in(shards, index), images_in(shards, index)) == (["zero", "one", "two"], [b"0", b"1", b"2"])
 
-
 def test_names_that_are_not_utf_8_stay_different(tmp_path):
     shards = [write_shard(tmp_path / "0.tar", [(f"{name}.{kind}", name.encode("utf-8", "surrogateescape"))
                                                for name in ("\udce4", "\udcf6") for kind in ("png", "txt")])]
     assert [key for key, _ in data.tar_samples(shards[0])[0]] == ["\udce4", "\udcf6"]
-
 
 def test_a_broken_shard_costs_itself_and_a_warning_if_few_are(tmp_path):
     shards = [write_shard(tmp_path / f"{i}.tar", pairs([i])) for i in range(10)]
@@ -1402,22 +1252,18 @@ def test_a_broken_shard_costs_itself_and_a_warning_if_few_are(tmp_path):
         with pytest.raises(ValueError, match="3.tar"):
             data.build_index(shards, max_bad=0.05, folder=folder)
 
-
 @pytest.mark.parametrize("name, says", [
-    ("lonely.png", "1 images without a caption, 0 captions without an image; the first: lonely.png"),
-    ("mute.txt", "0 images without a caption, 1 captions without an image"),
-    ("img.v2.png", r"the first: img.v2.png \(the key of a sample ends at the first dot")])
+    ("lonely.png", "1 with no caption, such as lonely.png"), ("mute.txt", "1 with no image, such as mute"),
+    ("img.v2.png", r"1 with no caption \(a key ends at the first dot of the file name\), such as img.v2.png")])
 def test_samples_without_a_partner_count_as_lost_and_one_is_named(tmp_path, name, says):
     index, warnings = data.build_index([write_shard(tmp_path / "0.tar", [*pairs(range(20)), (name, noise_image())])])
     assert len(index) == 20 and len(warnings) == 1 and warnings[0].startswith("1 of 21 samples passed over")
     with pytest.raises(ValueError, match=says):
         data.build_index([str(tmp_path / "0.tar")], max_bad=0.04)
 
-
 def test_images_beside_a_sample_are_not_lost_unless_they_have_a_caption_of_their_own(tmp_path):
     files = [(f"{i}.{kind}", b"x") for i in range(10) for kind in ("png", "txt", "depth.png", "2.png", "2.txt")]
     assert "10 of 20" in data.build_index([write_shard(tmp_path / "0.tar", files)], max_bad=0.5)[1][0]
-
 
 def test_a_second_start_maps_the_kept_index_and_notices_a_shard_that_changed(tmp_path):
     shards = [write_shard(tmp_path / f"{i}.tar", pairs([2 * i, 2 * i + 1])) for i in (0, 1)]
@@ -1431,7 +1277,6 @@ def test_a_second_start_maps_the_kept_index_and_notices_a_shard_that_changed(tmp
     (tmp_path / "index.npy").write_bytes(b"damaged")
     assert (data.build_index(shards, folder=str(tmp_path))[0] == index).all()
 
-
 def test_a_disk_that_fails_or_a_file_that_ends_early_is_an_os_error_that_names_it(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "0.tar", pairs(range(4)))
     index, _ = data.build_index([path])
@@ -1442,12 +1287,10 @@ def test_a_disk_that_fails_or_a_file_that_ends_early_is_an_os_error_that_names_i
     with pytest.raises(OSError, match="0.tar: Input/output error"):
         data.read_bytes(path, 0, 10)
 
-
 def index_of(num_shards, samples):
     index = np.zeros(num_shards * samples, data.INDEX)
     index["shard"] = np.arange(num_shards).repeat(samples)
     return index
-
 
 def test_an_epoch_reads_every_sample_once_in_an_order_of_its_own():
     index = index_of(7, 100)
@@ -1455,7 +1298,6 @@ def test_an_epoch_reads_every_sample_once_in_an_order_of_its_own():
     assert sorted(order.tolist()) == list(range(700)) and (order == data.epoch_order(index, 3, 2)).all()
     for other in data.epoch_order(index, 3, 1), data.epoch_order(index, 4, 2):
         assert (order != other).mean() > 0.9
-
 
 def test_shards_are_shuffled_and_read_nearly_one_after_the_other(monkeypatch):
     monkeypatch.setattr(data, "WINDOW", 10)
@@ -1470,17 +1312,14 @@ def test_shards_are_shuffled_and_read_nearly_one_after_the_other(monkeypatch):
 # -----------------------------------------------------------------------------
 # data.py: images.
 
-def test_normalised_images_have_clip_s_mean_and_deviation_and_come_back_as_they_were():
+def test_normalised_images_have_clip_s_mean_and_deviation():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert data.normalize(pixels)[0, 1, 3, 3].item() == pytest.approx((51 / 255 - 0.4578275) / 0.26130258)
-    assert data.denormalize(data.normalize(pixels)).equal(pixels)
-
-
+    
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_images_of_the_known_formats_decode(format):
     image = data.decode_image(encoded(Image.new("RGB", (30, 20), (200, 30, 30)), format)).convert("RGB")
     assert image.size == (30, 20) and np.abs(np.asarray(image)[10, 10] - np.array((200, 30, 30))).max() < 8
-
 
 @pytest.mark.parametrize("raw", [b"", b"hello", encoded(picture(64), "JPEG")[:-300], encoded(picture(64), "PNG")[:-100],
                                  encoded(picture(64), "EPS")], ids=["empty", "text", "cut jpeg", "cut png", "eps"])
@@ -1489,11 +1328,9 @@ def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(raw):
         data.decode_image(raw)
     assert "0x" not in str(error.value)                                 # no memory address: causes can be counted
 
-
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
     with pytest.raises(ValueError, match="9000x9000 pixels"):
         data.decode_image(encoded(Image.new("1", (9000, 9000))))
-
 
 @pytest.mark.parametrize("mode, dtype, scale", [("I;16", np.uint16, 257), ("I", np.int32, 257), ("F", np.float32, 257),
                                                 ("I", np.int32, 1)])
@@ -1503,7 +1340,6 @@ def test_greys_of_more_than_8_bits_keep_their_upper_8(mode, dtype, scale):
     assert image.mode == mode
     for seen in (data.to_rgb(image), evaluate.resize_and_crop(image, 16).permute(1, 2, 0).numpy()):
         assert (np.asarray(seen) == grey[..., None]).all()
-
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparent_parts_lie_on_white_in_training(mode):
@@ -1518,13 +1354,11 @@ def test_transparent_parts_lie_on_white_in_training(mode):
     pixels = data.crops(image, np.array([[0, 0, 8, 8]]), 8)[0].float()
     assert pixels[:, :, :3].min() > 250 and pixels[:, :, 5:].max() < 5
 
-
 def sideways(picture, orientation=6):
     """The bytes of a picture stored as its orientation tag undoes it: 6 is a quarter turn clockwise."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(picture.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
-
 
 def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not(tmp_path):
     upright, raw = two_colours(16, 8), sideways(two_colours(16, 8))
@@ -1533,7 +1367,6 @@ def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not
     (tmp_path / "photo.png").write_bytes(raw)
     assert evaluate.open_photo(str(tmp_path / "photo.png"), 16).equal(seen)
     assert not evaluate.resize_and_crop(data.decode_image(raw), 16).equal(seen)
-
 
 def test_random_crops_have_the_area_and_shape_that_was_asked_for():
     x, y = np.meshgrid(np.arange(256), np.arange(256))
@@ -1547,18 +1380,15 @@ def test_random_crops_have_the_area_and_shape_that_was_asked_for():
         assert 3 / 4 - 0.05 < w / h < 4 / 3 + 0.05 and crop.shape == (3, 32, 32)
     assert 0.28 < min(areas) < 0.36 and 0.74 < max(areas) < 0.83
 
-
 def test_the_whole_of_a_square_picture_is_just_resized():
     expected = np.asarray(picture(64).resize((32, 32), Image.Resampling.BICUBIC), np.int64).transpose(2, 0, 1)
     crop = data.crops(picture(64), data.random_box(64, 64, (1, 1), np.random.default_rng(0))[None], 32)[0]
     assert np.abs(crop.numpy() - expected).max() <= 2 and (crop.numpy() == expected).mean() > 0.8
 
-
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (1, 1), (300, 20)])
 def test_a_picture_too_long_for_a_crop_gives_its_middle(size):
     crop = data.crops(Image.new("L", size, 7), data.random_box(*size, (0.9, 1), np.random.default_rng(0))[None], 16)[0]
     assert crop.shape == (3, 16, 16) and crop.eq(7).all()
-
 
 @pytest.mark.parametrize("size", [(640, 640), (769, 3001)])
 def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(size):
@@ -1579,18 +1409,15 @@ def test_merges_are_applied_in_the_order_they_were_learned():
     assert [symbols[i] for i in ids[1:4]] == ["low</w>", "low", "er</w>"]
     assert ids == [516, 513, 515, 514, 517] + [0] * 7
 
-
 def test_ids_are_bytes_then_word_ends_then_merges_then_start_and_end():
     tokenizer = data.Tokenizer("a b\nab c</w>", 8)
     assert tokenizer.ids["!"] == 0 and tokenizer.ids["a"] == 64 and tokenizer.ids["a</w>"] == 320  # as in CLIP
     assert tokenizer.ids["ab"] == 512 and (tokenizer.start, tokenizer.end, tokenizer.vocab_size) == (514, 515, 516)
     assert tokenizer.encode(["abc"]).tolist() == [[514, 513, 515, 0, 0, 0, 0, 0]]
 
-
 def test_a_long_caption_is_cut_and_still_ends_in_end():
     tokens = data.Tokenizer("", 6).encode(["abcdefghijk", ""])
     assert tokens[0].tolist() == [512, 64, 65, 66, 67, 513] and tokens[1].tolist() == [512, 513, 0, 0, 0, 0]
-
 
 @pytest.mark.parametrize("one, other", [
     ("A  Red\n\tDOG ", "a red dog"), ("black &amp; white", "black & white"), ("&amp;lt;3", "<3"), ("it's", "it 's"),
@@ -1602,13 +1429,11 @@ def test_captions_that_say_the_same_have_the_same_tokens(one, other):
     tokenizer = data.Tokenizer("", 30)
     assert tokenizer.encode([one]).equal(tokenizer.encode([other]))
 
-
 def text_of(tokenizer, ids):
     """The bytes that the tokens stand for, decoded; word ends are spaces."""
     symbols, byte = {n: s for s, n in tokenizer.ids.items()}, {c: b for b, c in data.BYTES.items()}
     words = "".join(symbols[i] for i in ids if i in symbols).replace("</w>", " ")
     return b"".join(b" " if c == " " else bytes([byte[c]]) for c in words).decode().rstrip()
-
 
 def test_learned_merges_shorten_captions_and_lose_nothing():
     captions = ["a photo of a dog", "a photo of a döner", "日本の写真 photo", "🙂 photo of ½ a dog"] * 3
@@ -1616,7 +1441,6 @@ def test_learned_merges_shorten_captions_and_lose_nothing():
     for caption, row in zip(captions, tokenizer.encode(captions)):
         assert text_of(tokenizer, row[1:row.argmax()].tolist()) == caption
     assert (tokenizer.encode(["a photo of a dog"]) > 0).sum() == 7      # each word has become one token
-
 
 def merges_by_loop(captions, num_merges):
     """Byte pair encoding as its paper prints it: count all pairs, join the most frequent one, start again."""
@@ -1642,13 +1466,11 @@ def merges_by_loop(captions, num_merges):
         words = joined
     return "\n".join(merges)
 
-
 def test_learned_merges_are_those_of_the_plain_algorithm():
     rng = random.Random(0)
     captions = ["".join(rng.choice("aab bnc ") for _ in range(30)) for _ in range(40)] + ["aaaa aaaaa banana"] * 3
     captions += ["".join(rng.choice("日本の") for _ in range(30)) for _ in range(10)]   # a script without spaces
     assert data.learn_merges(captions, 80) == merges_by_loop(captions, 80)
-
 
 def test_a_vocabulary_file_is_read_as_clip_does(tmp_path):
     with gzip.open(tmp_path / "vocab.txt.gz", "wt", encoding="utf-8") as file:
@@ -1656,9 +1478,7 @@ def test_a_vocabulary_file_is_read_as_clip_does(tmp_path):
     tokenizer = data.Tokenizer.from_file(str(tmp_path / "vocab.txt.gz"), 8)
     assert tokenizer.ids["ab"] == 512 and (tokenizer.start, tokenizer.end) == (49406, 49407)
 
-
 VOCAB = gzip.compress("".join(f"word{i} other{i * i}\n" for i in range(500)).encode())
-
 
 @pytest.mark.parametrize("raw", [b"plain text", VOCAB[:-50], VOCAB[:40] + bytes(20) + VOCAB[60:],
                                  gzip.compress(b"version\nthree words here\n")],
@@ -1667,7 +1487,6 @@ def test_a_vocabulary_file_that_is_something_else_is_a_value_error_that_names_it
     (tmp_path / "vocab.gz").write_bytes(raw)
     with pytest.raises(ValueError, match="^--vocab [^\n]*vocab.gz[^\n]*$"):
         data.Tokenizer.from_file(str(tmp_path / "vocab.gz"))
-
 
 @pytest.mark.parametrize("caption", ["", "\0", "\ud800", "a" * 50_000, "&#x110000; &#0;", "\u202e\u0301", "ſ İ ß"])
 def test_every_string_has_tokens(caption):
@@ -1683,31 +1502,26 @@ def batches(folder, members=(), order=((3, 0), (1, 2)), size=16, seed=(0, 0), sc
     index, _ = data.build_index([shard])
     return data.Batches([shard], index, np.array(order), data.Tokenizer("", 40), size, scale, seed, **more)
 
-
 def test_a_batch_holds_the_images_and_captions_of_its_samples(tmp_path):
     images, _, tokens, decoded, lost, fault = batches(tmp_path)[1]
     assert images.shape == (1, 2, 3, 16, 16) and images.dtype == torch.uint8 and decoded.all() and (lost, fault) == ([], "")
     assert tokens.equal(data.Tokenizer("", 40).encode([caption_of(1), caption_of(2)]))
-
 
 def test_a_sample_has_the_same_crop_in_any_batch_and_another_in_another_epoch(tmp_path):
     first = batches(tmp_path, order=((0, 1, 2),))[0][0]
     assert batches(tmp_path, order=((3, 2), (2, 0)))[1][0].equal(first[:, [2, 0]])
     assert not batches(tmp_path, order=((0, 1, 2),), seed=(0, 1))[0][0].equal(first)
 
-
 def test_a_sample_that_does_not_decode_is_black_and_counted(tmp_path):
     images, _, _, decoded, lost, _ = batches(tmp_path, pairs(range(4), broken=[0]))[0]
     assert decoded.tolist() == [True, False] and images[0, 1].eq(0).all() and images[0, 0].any()
     assert lost == ["cannot identify image file"]
-
 
 def test_a_shard_that_shrinks_is_a_fault_and_not_a_lost_sample(tmp_path):
     made = batches(tmp_path)
     os.truncate(tmp_path / "0.tar", 5000)
     *_, lost, fault = made[0]
     assert lost == [] and fault.startswith(f"{tmp_path}/0.tar: ends before byte")
-
 
 @pytest.mark.parametrize("name, raw", [("txt", "one\n\ntwo\r\nthree\n"), ("json", '\ufeff{"caption": ["one", "two", "three"]}')])
 def test_of_several_captions_each_epoch_draws_one(tmp_path, name, raw):
@@ -1718,9 +1532,7 @@ def test_of_several_captions_each_epoch_draws_one(tmp_path, name, raw):
         drawn.append(next(word for word in ("one", "two", "three") if tokens.equal(tokenizer.encode([word]))))
     assert set(drawn) == {"one", "two", "three"} and drawn[:30] == drawn[30:]
 
-
 CHANCES = {"a": 0.999, "of": 0.99, "red": 0.6, "cat": 0.3}
-
 
 def test_long_captions_lose_the_words_with_the_lowest_noise_minus_chance(tmp_path):
     rng, words = np.random.default_rng(0), ["a", "red", "cat", "of", "unseen", "cats", "a", "of"]
@@ -1733,18 +1545,15 @@ def test_long_captions_lose_the_words_with_the_lowest_noise_minus_chance(tmp_pat
             kept.remove(min(kept, key=lambda i: noise[i] - CHANCES.get(chosen[i], 1.0)))
         assert made.shorten(chosen, np.random.default_rng(seed)) == [chosen[i] for i in kept]
 
-
 def test_a_word_s_chance_to_go_follows_from_its_share():
     captions = ["a cat"] * 6 + ["a dog"] * 4
     chances = data.word_chances(captions, threshold=0.04)
     assert chances == pytest.approx({"a": 1 - math.sqrt(0.04 / 0.5), "cat": 1 - math.sqrt(0.04 / 0.3)})
 
-
 def test_words_are_masked_in_the_masked_batches_alone_and_crops_stay_as_they_were(tmp_path):
     whole, made = batches(tmp_path), batches(tmp_path, text_tokens=8, chances=CHANCES, masked=1)
     assert (made[0][2] > 0).sum(1).max() <= 10 < (whole[0][2] > 0).sum(1).min() and made[0][0].equal(whole[0][0])
     assert made[1][2].equal(whole[1][2])
-
 
 @pytest.mark.parametrize("name, raw", [
     ("a.json", b"{}"), ("a.json", b"[1"), ("a.json", b"3"), ("a.json", b'{"caption": 3}'), ("a.json", b"[" * 100_000),
@@ -1770,20 +1579,17 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_before_whole(tmp_path, mo
         write(b"two")
     assert (tmp_path / "file").read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
 
-
 def test_shards_are_written_in_full_and_their_keys_count_on(tmp_path):
     samples = [{"png": bytes([i]), "txt": b"x"} for i in range(5)]
     assert data.write_shards(str(tmp_path), iter(samples), shard_size=2) == 3
     names = [tarfile.open(tmp_path / f"0000{i}.tar").getnames() for i in range(3)]
     assert names[1] == ["000000002.png", "000000002.txt", "000000003.png", "000000003.txt"] and len(names[2]) == 2
 
-
 def packed(folder, text, monkeypatch):
     (folder / "list.tsv").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["data.py", "pack", f"{folder}/list.tsv", f"{folder}/out", "--shard-size", "2"])
     data.main()
     return data.expand([f"{folder}/out/*.tar"])
-
 
 def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_sample(tmp_path, monkeypatch):
     for i in range(3):
@@ -1795,7 +1601,6 @@ def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_
                                                                            ["caption 2"], ["again"]]
     assert images_in(shards, index) == [noise_image(i) for i in (0, 1, 2, 0)]
 
-
 @pytest.mark.parametrize("line, says", [
     ("no tab here", "expected `image"), ("0.png\t ", "expected `image"), ("", "expected `image"),
     ("gone.png\ta caption", "gone.png: No such file"), ("list.tsv\tx", "not one of jpg")])
@@ -1804,18 +1609,15 @@ def test_a_bad_line_of_the_list_is_named_by_its_number(tmp_path, monkeypatch, li
     with pytest.raises(SystemExit, match=f"^error: [^\n]*list.tsv, line 2: [^\n]*{says}[^\n]*$"):
         packed(tmp_path, f"0.png\tfine\n{line}\n0.png\tfine\n", monkeypatch)
 
-
 def test_demo_scenes_are_the_same_every_time_and_no_two_alike():
     raws = [data.demo_sample(split, i)[0] for split in ("train", "seen", "unseen", "retrieval") for i in range(5)]
     assert raws[3] == data.demo_sample("train", 3)[0] and len(set(raws)) == 20
-
 
 def test_unseen_pairs_are_in_no_training_caption():
     unseen = {f"{colour} {shape}" for colour, shape in data.UNSEEN}
     captions = [data.demo_sample("train", i)[1] for i in range(300)]
     assert len(unseen) == 8 and not any(name in caption for name in unseen for caption in captions)
     assert [" ".join(data.PAIRS[data.demo_sample("unseen", i)[1]]) in unseen for i in range(8)] == [True] * 8
-
 
 def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SPLITS", {"train": 3, "seen": 2, "unseen": 2, "retrieval": 2})
@@ -1837,7 +1639,6 @@ def small_clip():
     torch.manual_seed(0)
     return CLIP(config).eval(), data.Tokenizer("", 24), config
 
-
 @pytest.mark.parametrize("message, broken", [
     ("nshards.txt: missing", dict(shards="")), ("1.tar: missing, though nshards.txt says 2", dict(shards="2")),
     ("'many', expected the number of shards", dict(shards="many")), ("line 2 is blank", dict(classnames="cat\n\ndog")),
@@ -1850,12 +1651,10 @@ def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
         evaluate.read_folder(folder)
     assert message in str(error.value) and folder in str(error.value)
 
-
 def test_byte_order_marks_are_not_part_of_a_text(tmp_path):
     samples = [dict(sample, cls=b"\xef\xbb\xbf" + sample["cls"]) for sample in labelled(3)]
     folder = make_folder(tmp_path / "f", samples, "\ufeff1", "\ufeffcat\ndog\nfox", "\ufeffa {c}")
     assert evaluate.read_folder(folder)[1:] == ([0, 1, 2], ["cat", "dog", "fox"], ["a {c}"])
-
 
 def test_evaluation_reads_samples_of_the_same_key_hidden_files_and_u_fffd(tmp_path):
     folder = tmp_path / "f"
@@ -1866,7 +1665,6 @@ def test_evaluation_reads_samples_of_the_same_key_hidden_files_and_u_fffd(tmp_pa
     assert [sample.name for sample in found.samples] == ["0000.png", "0001.png", "0000.png", "9.png"]
     assert found.targets[3] == ["what\ufffd"]
 
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
 def test_preprocess_resizes_crops_and_then_converts(mode):
     image = Image.open(io.BytesIO(noise_image(0, 37, 23))).convert(mode)
@@ -1875,7 +1673,6 @@ def test_preprocess_resizes_crops_and_then_converts(mode):
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
     assert np.array_equal(evaluate.preprocess(image, 16).numpy(), expected.transpose(2, 0, 1))
 
-
 @pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000)])
 def test_of_a_very_long_picture_only_the_middle_is_resized(size):
     ramp = np.clip(np.arange(40_000) - 19_900, 0, 255).astype(np.uint8).reshape(size[::-1])
@@ -1883,7 +1680,6 @@ def test_of_a_very_long_picture_only_the_middle_is_resized(size):
     seen = evaluate.resize_and_crop(Image.fromarray(ramp), 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000                # kB; 8 GB before
     assert seen.shape == (3, 224, 224) and (seen.float().mean() - 99.5).abs() < 2               # pixel 20,000
-
 
 @torch.no_grad()
 def test_classification_equals_a_loop(tmp_path, small_clip):
@@ -1903,11 +1699,9 @@ def test_classification_equals_a_loop(tmp_path, small_clip):
     assert metrics["mean_per_class_recall"] == pytest.approx(sum(sum(h) / len(h) for h in hits) / 3)
     assert metrics["acc5"] == 1  # of three classes
 
-
 def test_classes_without_an_image_do_not_count_in_the_recall():
     metrics = evaluate.classification_metrics(torch.eye(4)[[0, 0, 1]], torch.tensor([0, 0, 3]))
     assert metrics["mean_per_class_recall"] == 0.5
-
 
 def test_retrieval_equals_a_loop_with_one_to_seven_captions_per_image():
     image_of_text = torch.tensor([i for i in range(30) for _ in range(1 + i % 7)])
@@ -1922,11 +1716,9 @@ def test_retrieval_equals_a_loop_with_one_to_seven_captions_per_image():
         expected[f"text_retrieval_recall@{k}"] = sum(i in [owner[t] for t in best[i]] for i in range(30)) / 30
     assert evaluate.retrieval_metrics(images, texts, image_of_text) == pytest.approx(expected)
 
-
 def test_a_model_that_gives_all_the_same_feature_finds_nothing():
     metrics = evaluate.retrieval_metrics(torch.ones(500, 4) / 2, torch.ones(500, 4) / 2, torch.arange(500))
     assert max(metrics.values()) <= 0.05
-
 
 def embed_as_rank(rank, folder, broken, path, rendezvous):
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
@@ -1938,7 +1730,6 @@ def embed_as_rank(rank, folder, broken, path, rendezvous):
         print(json.dumps(metrics), file=open(path + ".json", "w"))
     assert rank == 0 or metrics == {}
 
-
 def test_two_ranks_give_the_metrics_of_one_and_fail_together(tmp_path, small_clip):
     samples = [{"jpg": noise_image(i), "txt": "\n".join(f"{i} {j}" for j in range(1 + i % 3)).encode()} for i in range(7)]
     folder, path = make_folder(tmp_path / "f", samples, kind="retrieval"), save_small(tmp_path / "ckpt.pt", small_clip)
@@ -1946,20 +1737,17 @@ def test_two_ranks_give_the_metrics_of_one_and_fail_together(tmp_path, small_cli
     torch.multiprocessing.spawn(embed_as_rank, (folder, broken, path, f"file://{tmp_path}/rendezvous"), nprocs=2)
     assert json.load(open(path + ".json")) == pytest.approx(evaluate.evaluate(*small_clip, folder))
 
-
 def test_logistic_regression_ends_where_the_gradient_is_zero():
     x, y = torch.randn(60, 4, generator=seeded()).double(), torch.arange(60) % 3
     weights = evaluate.fit_logistic(x, y, 3, C=2.0).requires_grad_()
     loss = F.cross_entropy(x @ weights[:, :4].T + weights[:, 4], y) * 60 * 2.0 + weights[:, :4].square().sum() / 2
     assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-3  # scikit-learn's objective
 
-
 def test_a_linear_probe_learns_what_is_linear():
     features = F.normalize(torch.randn(300, 6, generator=seeded()), dim=-1)
     labels = features[:, :3].argmax(1)
     accuracy, _, _ = evaluate.linear_probe(features[:200], labels[:200], features[200:], labels[200:], 3)
     assert accuracy > 0.9
-
 
 @torch.no_grad()
 def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path, small_clip):
@@ -1977,13 +1765,11 @@ def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path,
     assert results["sugar_crepe/replace_obj"]["acc"] == 1 and results["sugar_crepe/add"]["acc"] == 0.5
     assert results["sugar_crepe/replace"]["acc"] == pytest.approx((1 + 0.5 + 0.5) / 3)
 
-
 def test_an_image_that_does_not_decode_is_an_error_not_a_skip(tmp_path, small_clip):
     samples = labelled(3)
     samples[1]["jpg"] = samples[1]["jpg"][:400]
     with pytest.raises(ValueError, match="001.jpg does not decode"):
         evaluate.evaluate(*small_clip, make_folder(tmp_path / "f", samples))
-
 
 def test_features_that_are_not_finite_are_an_error_not_a_score(tmp_path, small_clip):
     model = CLIP(small_clip[2])
@@ -2003,7 +1789,6 @@ def test_a_picture_shows_five_images_for_each_of_ten_queries(tmp_path, small_cli
     assert sheet.shape == (10 * 176, 240 + 5 * 176, 3)
     assert (sheet == [50, 205, 50]).all(-1).any()                       # limegreen: five of six images are shown
 
-
 def test_removed_patches_are_grey_in_the_picture_and_kept_ones_as_they_were():
     images = torch.from_numpy(np.array(picture(16))).permute(2, 0, 1)[None]
     keep, valid = torch.tensor([[0, 5, 15, 1]]), torch.tensor([[True, True, True, False]])
@@ -2012,12 +1797,10 @@ def test_removed_patches_are_grey_in_the_picture_and_kept_ones_as_they_were():
         expected[..., y:y + 4, x:x + 4] = images[..., y:y + 4, x:x + 4]
     assert evaluate.masked(images, keep, valid, 4).equal(expected)
 
-
 def dark(picture, left):
     """Where a curve's color lies in a panel of curves.png: the pixels that are neither grey nor white."""
     panel = np.asarray(picture).astype(int)[41:290, left + 51:left + 400]
     return (panel.max(-1) - panel.min(-1) > 120).any(0)
-
 
 def test_curves_show_losses_and_metrics_of_several_runs(tmp_path, monkeypatch, capsys):
     for run, slope in (("a", 1.0), ("b", 0.5)):
@@ -2049,18 +1832,15 @@ def save_small(path, small_clip, **changes):
     torch.save({"model": {**model.state_dict(), **changes}, "config": vars(config), "merges": tokenizer.merges}, path)
     return str(path)
 
-
 def test_a_checkpoint_gives_back_the_weights_it_was_saved_with(tmp_path, small_clip):
     model, _, config = evaluate.load(save_small(tmp_path / "ckpt.pt", small_clip))
     assert config == small_clip[2]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), small_clip[0].state_dict().values()))
 
-
 def gzip_vocab(path):
     symbols = [chr(256 + i) for i in range(320)]  # enough pairs for 48,894 different merges
     path.write_bytes(gzip.compress("\n".join(["#version", *(f"{a} {b}" for a in symbols for b in symbols)]).encode()))
     return str(path)
-
 
 def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path):
     config = Config(model="128x1-64x2-32", image_size=48, patch_size=16, context_length=9, vocab_size=49408)
@@ -2069,7 +1849,6 @@ def test_a_foreign_state_dict_tells_its_size_by_its_shapes(tmp_path):
     model, _, found = evaluate.load(str(tmp_path / "foreign.pt"), gzip_vocab(tmp_path / "vocab.gz"))
     assert (found.model, found.image_size, found.patch_size, found.context_length) == ("128x1-64x2-32", 48, 16, 9)
     assert not found.quick_gelu and model.visual.proj.equal(state["module.visual.proj"])
-
 
 def write_safetensors(path, tensors):
     """As the format's page describes it: the header's length in 8 bytes, the header in json, the raw tensors."""
@@ -2082,7 +1861,6 @@ def write_safetensors(path, tensors):
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
-
 def test_weights_are_read_as_they_are_published(tmp_path):
     state = CLIP(Config(model="128x1-64x1-32", image_size=32, context_length=9)).state_dict()
     write_safetensors(tmp_path / "a.safetensors", {name: x.half() if x.ndim > 1 else x for name, x in state.items()})
@@ -2092,9 +1870,8 @@ def test_weights_are_read_as_they_are_published(tmp_path):
         model, _, _ = evaluate.load(str(tmp_path / name), gzip_vocab(tmp_path / "vocab.gz"))
         assert all(x.allclose(state[key], atol=tolerance) for key, x in model.state_dict().items())
 
-
 @pytest.mark.parametrize("name, raw, says", [
-    ("a.pt", gzip.compress(b"x" * 999), "compressed by gzip"), ("a.pt", b"version https://git-lfs.github.com/spec/v1\n",
+    ("a.pt", gzip.compress(b"x" * 999), "compressed: unpack it"), ("a.pt", b"version https://git-lfs.github.com/spec/v1\n",
                                                                "git lfs pull"), ("a.safetensors", b"{}" * 9, "damaged")])
 def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, name, raw, says):
     (tmp_path / name).write_bytes(raw)
@@ -2103,19 +1880,16 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, name, raw, sa
     with pytest.raises(ValueError, match="Is a directory"):
         evaluate.load(str(tmp_path))
 
-
 def test_a_foreign_state_dict_without_vocab_says_what_to_pass(tmp_path, small_clip, capsys):
     torch.save(small_clip[0].state_dict(), tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
         evaluate.load(str(tmp_path / "foreign.pt"))
     assert "OpenAI trained need --quick-gelu" in capsys.readouterr().err
 
-
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path, small_clip):
     path = save_small(tmp_path / "ckpt.pt", small_clip, **{"visual.proj": torch.zeros(128, 64)})
     with pytest.raises(ValueError, match=r"ckpt.pt: [^\n]*visual.proj[^\n]*\[128, 64\][^\n]*\[128, 128\]"):
         evaluate.load(path)
-
 
 class Evil:
     """A pickle of it makes a folder when it is loaded."""
@@ -2126,12 +1900,10 @@ class Evil:
     def __reduce__(self):
         return os.mkdir, (self.path,)
 
-
 def saved(thing):
     raw = io.BytesIO()
     torch.save(thing, raw)
     return raw.getvalue()
-
 
 @pytest.mark.parametrize("raw", [b"", b"not a checkpoint", saved({"step": 1})[:300], saved([1, 2]), None,
                                  pickle.dumps({"model": Evil("pwned")}, 2), saved({"model": Evil("pwned")})],
@@ -2143,7 +1915,6 @@ def test_a_damaged_or_dangerous_checkpoint_is_refused_in_one_line_that_names_it(
     with pytest.raises(ValueError, match=r"^[^\n]*ckpt.pt: [^\n]+$"):
         evaluate.load("ckpt.pt")
     assert not (tmp_path / "pwned").exists()
-
 
 def test_quick_gelu_is_known_by_the_keys_of_openais_archive(tmp_path, small_clip):
     openai = {name: torch.tensor(0) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -2161,14 +1932,12 @@ def test_the_table_has_an_average_of_several_classification_folders():
     assert lines[-1].split() == "| average | 37.50 | 100.00 | 37.50 |".split()
     assert len({len(line) for line in lines}) == 1  # aligned
 
-
 def test_the_command_prints_the_table_and_writes_the_names_of_clip_benchmark(tmp_path, small_clip, monkeypatch, capsys):
     folder, path = make_folder(tmp_path / "pets", labelled(3)), save_small(tmp_path / "ckpt.pt", small_clip)
     monkeypatch.setattr("sys.argv", ["evaluate.py", path, "--data", folder, "--json", str(tmp_path / "x.json")])
     evaluate.main()
     assert "pets |" in capsys.readouterr().out
     assert list(json.load(open(tmp_path / "x.json"))[folder]) == ["acc1", "acc5", "mean_per_class_recall"]
-
 
 def test_a_users_mistake_ends_the_command_with_one_line(tmp_path, small_clip, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", save_small(tmp_path / "ckpt.pt", small_clip), "--data", str(tmp_path / "no")])
