@@ -965,7 +965,7 @@ def train_epoch(run, epoch, log, requests):
         noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
         numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
                                           tokens, decoded, noise, alpha=run.step / run.total_steps)
-        if values is None and rank == 0:
+        if values is None and rank == 0 and (masked or config.mask == "none"):
             evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(run.device, non_blocking=True)

@@ -481,11 +481,13 @@ def plot(draw, left, title, series):
     x0, y0, width, height, font = left + 50, 290, 350, 250, ImageFont.load_default(11)
     xs, ys = (np.concatenate([np.ravel(one[axis]) for one in series]) for axis in (1, 2))
     (low_x, high_x), (low_y, high_y) = ((v.min(), max(v.max(), v.min() + 1e-9)) for v in (xs, ys))
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = x0 + share * width, y0 - share * height
+    for tick in np.linspace(low_y, high_y, 5):
+        y = y0 - (tick - low_y) / (high_y - low_y) * height
         draw.line((x0, y, x0 + width, y), "#d0d0d0")
-        draw.text((x0 - 6, y), f"{low_y + share * (high_y - low_y):.3g}", "black", font, "rm")
-        draw.text((x, y0 + 6), f"{low_x + share * (high_x - low_x):.4g}", "black", font, "mt")
+        draw.text((x0 - 6, y), f"{tick:.3g}", "black", font, "rm")
+    for tick in np.unique(np.linspace(low_x, high_x, 5).round()):  # steps and epochs are whole numbers
+        x = x0 + (tick - low_x) / (high_x - low_x) * width
+        draw.text((x, y0 + 6), f"{tick:.0f}", "black", font, "mt")
     for color, x, y in series:
         across, up = (x - low_x) / (high_x - low_x), (np.atleast_2d(y) - low_y) / (high_y - low_y)
         lines = [[*zip(x0 + across * width, y0 - row * height)] for row in up]
