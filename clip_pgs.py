@@ -612,9 +612,10 @@ def byol(prediction, target):
     return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
 
 def head(*widths):
-    """Linear layers of these widths, batch norm and ReLU between them."""
-    layers = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
-    return nn.Sequential(*itertools.chain(*layers))[:-2]
+    """Linear layers of these widths, batch norm and ReLU between them; a bias before batch norm would be lost."""
+    *hidden, last = itertools.pairwise(widths)
+    layers = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in hidden]
+    return nn.Sequential(*itertools.chain(*layers), nn.Linear(*last))
 
 class Heads(nn.Module):
     """What --contrast trains beside the towers; for ViT-B the widths are A-CLIP's."""
