@@ -612,7 +612,7 @@ def byol(prediction, target):
     return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
 
 def head(*widths):
-    """Linear layers of these widths, batch norm and ReLU between them; a bias before batch norm would be lost."""
+    """Linear layers of these widths with batch norm and ReLU between; batch norm needs no bias before it."""
     *hidden, last = itertools.pairwise(widths)
     layers = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in hidden]
     return nn.Sequential(*itertools.chain(*layers), nn.Linear(*last))

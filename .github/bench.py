@@ -1,9 +1,10 @@
 """Measures this project; run it from the project's folder. The figures of the README come from here.
 
-    python .github/bench.py step                     what a training step costs under each mask, on made-up batches
-    python .github/bench.py data SHARDS              what one core reads, decodes, augments and tokenises a second
-    python .github/bench.py masks SHARDS             what each part of pgs does to the masks of photographs
-    python .github/bench.py open_clip step|data SHARD --vocab bpe_simple_vocab_16e6.txt.gz    against open_clip, in turns
+    python .github/bench.py step                  what a training step costs under each mask
+    python .github/bench.py data SHARDS           how many images a core reads, decodes and augments per second
+    python .github/bench.py masks SHARDS          what each part of pgs does to the masks of photographs
+    python .github/bench.py open_clip step SHARD  a training step and open_clip's, in turns
+    python .github/bench.py open_clip data SHARD --vocab bpe_simple_vocab_16e6.txt.gz   the data pipelines
 
 `open_clip` needs open_clip_torch[training]. Everything that is compared runs in turns in one process.
 """
@@ -27,16 +28,17 @@ import clip_pgs
 import data
 import evaluate
 
-# Training time relative to CLIP's, as the papers report it: Pei et al. 2025 for the masks, Yang et al. 2023 for two views.
+# Training time relative to CLIP's, as the papers report it: Pei et al. 2025 for the masks, Yang et al. 2023
+# for two views.
 PAPERS = {"none": 1.0, "random 0.5": 0.5, "cluster 0.5": 0.6, "pgs 0.5": 0.5, "pgs 0.3 0.5": 0.6,
           "A-CLIP": 1.16, "A-CLIP, EMA at half size": 0.86}
 ROWS = {"none": dict(mask="none"), **{f"{mask} 0.5": dict(mask=mask) for mask in clip_pgs.MASKS[1:]},
         "pgs 0.3 0.5": dict(ratio=(0.3, 0.5)), "pgs 0.5, 8 text tokens": dict(text_tokens=8),
         "attentive 0.5, EMA at half size": dict(mask="attentive", ema_size=112),
-        "pgs 0.5, two views": dict(views=2), "A-CLIP": dict(mask="attentive", views=2, contrast=("simclr", "byol")),
-        "A-CLIP, EMA at half size": dict(mask="attentive", views=2, contrast=("simclr", "byol"), ema_size=112)}
+        "pgs 0.5, two views": dict(views=2),
+        "A-CLIP": dict(mask="attentive", views=2, contrast=("simclr", "byol"))}
+ROWS["A-CLIP, EMA at half size"] = ROWS["A-CLIP"] | dict(ema_size=112)
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
-
 
 def markdown(rows):
     """Prints a list of {column: cell} as a Markdown table."""
@@ -44,7 +46,6 @@ def markdown(rows):
     widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
     for line in lines:
         print("| " + " | ".join(map(str.rjust, line, widths)) + " |", flush=True)
-
 
 def timed(device, work):
     """(seconds, result) of work(), all of it done on the device."""
@@ -55,9 +56,8 @@ def timed(device, work):
     synchronize()
     return time.perf_counter() - start, result
 
-
 def peak_memory(device):
-    """GiB held at most since the last call: by the tensors of a GPU, else by the whole process (Linux, else nan)."""
+    """GiB held at most since the last call: by a GPU's tensors, else by the process (Linux, else nan)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -65,44 +65,44 @@ def peak_memory(device):
     if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
     with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # forgets the highest point when the file is closed, which is after the next line
+        control.write("5")  # the kernel forgets the highest point when the file is closed, after the return
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20  # from kB
 
-
 def made_up_batch(config):
-    """(images, boxes, tokens, decoded) on the CPU: noise of two scales, which leaves a range of ratios something to
-    decide, and captions as long as CC12M's, 25 tokens on average, or text_tokens at most."""
+    """(images, boxes, tokens, decoded) on the CPU: noise of two scales, so that a range of ratios can decide,
+    and captions as long as CC12M's, 25 tokens on average, or text_tokens at most."""
     B, size, end = config.batch_size * config.accum, config.image_size, config.vocab_size - 1
     blobs = F.interpolate(torch.rand(B, 3, 28, 28), (size, size), mode="bicubic")
-    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte().expand(3, -1, -1, -1, -1)
-    images = images[:config.views + (config.views > 1)].contiguous()
+    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte()
+    images = images.repeat(config.views + (config.views > 1), 1, 1, 1, 1)
     lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
     if config.text_tokens:
         lengths = lengths.clamp(max=config.text_tokens + 2)
     place, tokens = torch.arange(config.context_length), torch.randint(1, end, (B, config.context_length))
     tokens = tokens.where(place < lengths - 1, 0).where(place != lengths - 1, end)
-    boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])[:config.views, None].expand(-1, B, -1).contiguous()
+    boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])[:config.views, None].repeat(1, B, 1)
     batch = images, boxes, tokens, torch.ones(B, dtype=torch.bool)
     return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
-
 
 def bench_step(options):
     """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU FLOP/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size, lr=0.0,
-                           batch_size=options.batch_size or (512 if on_gpu else 16), compile=options.compile,
-                           grad_checkpointing=options.grad_checkpointing,
+    base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size,
+                           lr=0.0, batch_size=options.batch_size or (512 if on_gpu else 16),
+                           compile=options.compile, grad_checkpointing=options.grad_checkpointing,
                            precision=options.precision or ("bf16" if on_gpu else "fp32"))
     chosen = {name: replace(base, **changes) for name, changes in ROWS.items()
               if not options.rows or name in options.rows or name == "none"}
-    clip, model, *_ = clip_pgs.build(base, {}, device)  # one model for all rows; learning rate 0: masks stay as they are
+    clip, model, *_ = clip_pgs.build(base, {}, device)  # for all rows: at learning rate 0 it stays
     made, seconds, memory, kept, flops = {}, {name: [] for name in chosen}, {}, {}, {}
     for name, config in chosen.items():
         torch.manual_seed(0)
         heads = clip_pgs.Heads(config).to(device) if config.contrast else None
-        ema = clip_pgs.copy.deepcopy(clip.visual) if config.mask == "attentive" or "byol" in config.contrast else None
-        made[name] = ema, heads, clip_pgs.make_optimizer(config, clip, *([heads] if heads else [])), made_up_batch(config)
+        teaches = config.mask == "attentive" or "byol" in config.contrast
+        ema = clip_pgs.copy.deepcopy(clip.visual) if teaches else None
+        optimizer = clip_pgs.make_optimizer(config, clip, *([heads] if heads else []))
+        made[name] = ema, heads, optimizer, made_up_batch(config)
     rounds, warmup, alpha = options.rounds or (20 if on_gpu else 3), 3 if on_gpu else 1, 0.5
     turns = [(number, name) for number in range(-warmup, rounds) for name in chosen]
     for number, name in tqdm(turns, "bench", unit=" steps", leave=False):
@@ -116,32 +116,34 @@ def bench_step(options):
 
         def mask():
             attention = clip_pgs.teach(config, ema, there, there_boxes)[0] if ema else None
-            return noise is None or clip_pgs.batch_masks(config, clip.visual, attention, there[:config.views], noise, alpha)
+            if noise is not None:
+                clip_pgs.batch_masks(config, clip.visual, attention, there[:config.views], noise, alpha)
 
         in_mask, _ = timed(device, mask)
         if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
-            with (torch.no_grad(), clip_pgs.autocast(config, device), FlopCounterMode(display=False) as counter,
-                  torch.compiler.set_stance("force_eager")):
+            with (FlopCounterMode(display=False) as counter, torch.no_grad(),
+                  clip_pgs.autocast(config, device), torch.compiler.set_stance("force_eager")):
                 clip(data.normalize(there[:config.views].flatten(0, 1)), tokens,
                      *(x if x is None else x.flatten(0, 1) for x in (keep, valid)))
-            flops[name] = 3 * counter.get_total_flops()  # the backward pass costs about twice the forward pass
+            flops[name] = 3 * counter.get_total_flops()  # the backward pass costs about two forward passes
         if number >= 0:
             seconds[name].append((step, in_mask))
     card = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     print(f"{base.model} at {base.image_size}, {base.batch_size} images, {base.precision}, {rounds} rounds"
-          f"{', compiled' * base.compile}{', checkpointing' * base.grad_checkpointing}, PyTorch {torch.__version__}, {card}")
+          f"{', compiled' * base.compile}{', checkpointing' * base.grad_checkpointing}, "
+          f"PyTorch {torch.__version__}, {card}")
     table, none = [], np.median(seconds["none"], axis=0)[0]
     for name in chosen:
         step, in_mask = np.median(seconds[name], axis=0)
         cells = {"mask": name, "kept": f"{kept[name]:.2f}", "images/s": f"{base.batch_size / step:.1f}",
-                 "time": f"{step / none:.2f}", "papers": PAPERS.get(name, ""), "in mask": f"{in_mask / step:.1%}",
-                 "GiB": f"{memory[name]:.1f}"}
+                 "time": f"{step / none:.2f}", "papers": PAPERS.get(name, ""),
+                 "in mask": f"{in_mask / step:.1%}", "GiB": f"{memory[name]:.1f}"}
         if on_gpu:
             peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in card), math.nan)
-            cells |= {"TFLOP/s": f"{flops[name] / step / 1e12:.0f}", "MFU": f"{flops[name] / step / 1e12 / peak:.1%}"}
+            tflops = flops[name] / step / 1e12
+            cells |= {"TFLOP/s": f"{tflops:.0f}", "MFU": f"{tflops / peak:.1%}"}
         table.append(cells)
     markdown(table)
-
 
 def bench_data(options):
     """Prints how many images one core reads, decodes, augments and tokenises a second."""
@@ -157,7 +159,8 @@ def bench_data(options):
         for row in rows:
             start = time.perf_counter()
             shard = shards[row["shard"]]
-            raw, caption = data.read_bytes(shard, row["image"], row["image_size"]), data.captions(shard, row)[0]
+            raw = data.read_bytes(shard, row["image"], row["image_size"])
+            caption = data.captions(shard, row)[0]
             read = time.perf_counter()
             image = data.decode_image(raw)
             decoded = time.perf_counter()
@@ -170,17 +173,18 @@ def bench_data(options):
         data.Batches(shards, rows, order, data.Tokenizer(merges), options.image_size, (0.9, 1.0), (0, 0))[0]
         for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
             seconds[stage] += [time_spent] if number else []
-    markdown([{"stage": stage, "images/s per core": f"{len(rows) / np.median(times):.0f}",
-               "ms per image": f"{1000 * np.median(times) / len(rows):.3f}"} for stage, times in seconds.items()])
-
+    each = {stage: np.median(times) / len(rows) for stage, times in seconds.items()}
+    markdown([{"stage": stage, "images/s per core": f"{1 / mean:.0f}", "ms per image": f"{1000 * mean:.3f}"}
+              for stage, mean in each.items()])
 
 def bench_masks(options):
-    """Prints what the parts of each mask change on the first photographs of shards, at 224/16, alpha 0 or 0.5."""
+    """Prints what the parts of each mask change on photographs of the shards, at 224/16, alpha 0 or 0.5."""
     shards, config = data.expand(options.shards), clip_pgs.Config()
     index, _ = data.build_index(shards)
     index = index[::max(1, len(index) // options.images)][:options.images]
-    images = data.normalize(torch.stack([evaluate.resize_and_crop(data.to_rgb(data.decode_image(data.read_bytes(
-        shards[row["shard"]], row["image"], row["image_size"]))), 224) for row in index]))
+    raws = [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
+    pictures = [evaluate.resize_and_crop(data.to_rgb(data.decode_image(raw)), 224) for raw in raws]
+    images = data.normalize(torch.stack(pictures))
     torch.manual_seed(0)
     visual, edges = clip_pgs.CLIP(config).visual, clip_pgs.sobel_edges(images)
     noises = torch.rand(2, len(images), 197, generator=torch.Generator().manual_seed(0))
@@ -194,19 +198,21 @@ def bench_masks(options):
     mixed = dict(alpha=0.5, embeddings=embeddings)
     rows = {"random": ("random", {}, None), "center": ("center", {}, None), "cluster": ("cluster", {}, None),
             "attentive": ("attentive", {}, None), "pgs": ("pgs", {}, None),
-            "pgs --no-edges": ("pgs", dict(edges=False), {}), "pgs --no-transport": ("pgs", dict(transport=False), {}),
+            "pgs --no-edges": ("pgs", dict(edges=False), {}),
+            "pgs --no-transport": ("pgs", dict(transport=False), {}),
             "pgs, alpha 0.5": ("pgs", mixed, None), "pgs --no-embeddings, alpha 0.5": ("pgs", {}, mixed),
             "cluster --no-embeddings, alpha 0.5": ("cluster", {}, mixed)}
     table = []
     for name, (mask, changes, against) in rows.items():
         first, second = (removed(mask, noise, **changes) for noise in noises)
-        changed = "" if against is None else f"{(first * (1 - removed(mask, noises[0], **against))).sum(1).mean():.1f}"
+        changed = ""
+        if against is not None:
+            changed = f"{(first * (1 - removed(mask, noises[0], **against))).sum(1).mean():.1f}"
         table.append({"mask": name, "patches changed": changed,
                       "edges kept": f"{((1 - first) * edges).sum(1).div(edges.sum(1)).mean():.2f}",
                       "differ between two draws": f"{(first * (1 - second)).sum(1).mean():.1f}"})
     print(f"{len(images)} photographs, 98 of 196 patches removed, ViT-B-16 with random weights")
     markdown(table)
-
 
 def in_turns(contestants, rounds):
     """{name: median seconds} of functions called one after the other, again and again."""
@@ -218,7 +224,6 @@ def in_turns(contestants, rounds):
             seconds[name].append(time.perf_counter() - start)
     return {name: np.median(times[1:]) for name, times in seconds.items()}
 
-
 def their_step(patch_dropout, images, tokens):
     """A function that makes one training step as open_clip's main program does."""
     import open_clip
@@ -227,8 +232,8 @@ def their_step(patch_dropout, images, tokens):
                if p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))]
     known = {id(p) for p in exclude}
     rest = [p for p in model.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW([{"params": exclude, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}],
-                                  lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    groups = [{"params": exclude, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
     loss = open_clip.ClipLoss()
 
     def step():
@@ -239,16 +244,14 @@ def their_step(patch_dropout, images, tokens):
             model.logit_scale.clamp_(0, 4.6052)
     return step
 
-
 def our_step(mask, pixels, tokens):
     """The same with this project's training step, mask included."""
     config = clip_pgs.Config(mask=mask, batch_size=len(tokens))
     clip, model, optimizer, ema, heads = clip_pgs.build(config, {}, torch.device("cpu"))
     noise, boxes = None if mask == "none" else torch.rand(1, len(tokens), 197), torch.zeros(1, len(tokens), 4)
     decoded = torch.ones(len(tokens), dtype=torch.bool)
-    return lambda: clip_pgs.train_step(config, model, optimizer, ema, heads, pixels[None], boxes, tokens, decoded, noise,
-                                       0.5)
-
+    return lambda: clip_pgs.train_step(config, model, optimizer, ema, heads, pixels[None], boxes, tokens,
+                                       decoded, noise, 0.5)
 
 def bench_open_clip(options):
     """Prints our images/s, open_clip's and their ratio, for a training step or for the data pipeline."""
@@ -259,24 +262,27 @@ def bench_open_clip(options):
     index, _ = data.build_index([options.shard])
     B = options.batch_size or 16
     if options.what == "step":  # ViT-B/16 in float32, random pixels and real captions
-        tokens = open_clip.get_tokenizer("ViT-B-16")([data.captions(options.shard, row)[0] for row in index[:B]])
+        captions = [data.captions(options.shard, row)[0] for row in index[:B]]
+        tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
         pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
         images = data.normalize(pixels)
         ours = {mask: our_step(mask, pixels, tokens) for mask in ("none", "random", "pgs")}
-        theirs = {"open_clip": their_step(0.0, images, tokens), "patch dropout 0.5": their_step(0.5, images, tokens)}
+        theirs = {"open_clip": their_step(0.0, images, tokens),
+                  "open_clip, patch dropout 0.5": their_step(0.5, images, tokens)}
         seconds = in_turns(theirs | ours, options.rounds or 5)
         for name in ours:
-            base = "open_clip" if name == "none" else "patch dropout 0.5"
-            print(f"{name}: {B / seconds[name]:.2f} images/s, open_clip{'' if name == 'none' else ', ' + base}: "
-                  f"{B / seconds[base]:.2f} images/s, {seconds[base] / seconds[name]:.2f} x")
+            base = list(theirs)[name != "none"]
+            print(f"{name}: {B / seconds[name]:.2f} images/s, {base}: {B / seconds[base]:.2f} images/s, "
+                  f"{seconds[base] / seconds[name]:.2f} x")
         return
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     order = data.epoch_order(index, 0, 0)[:len(index) // B * B].reshape(-1, B)
-    ours = data.Batches([options.shard], index, order, data.Tokenizer.from_file(options.vocab), 224, (0.9, 1.0), (0, 0))
+    tokenizer = data.Tokenizer.from_file(options.vocab)
+    ours = data.Batches([options.shard], index, order, tokenizer, 224, (0.9, 1.0), (0, 0))
     theirs = get_wds_dataset(
-        SimpleNamespace(train_data=options.shard, train_num_samples=order.size, train_data_upsampling_factors=None,
-                        seed=0, workers=0, world_size=1, batch_size=B),
+        SimpleNamespace(train_data=options.shard, train_num_samples=order.size,
+                        train_data_upsampling_factors=None, seed=0, workers=0, world_size=1, batch_size=B),
         open_clip.image_transform(224, is_train=True, aug_cfg={"scale": (0.9, 1.0)}), is_train=True,
         tokenizer=open_clip.get_tokenizer("ViT-B-16")).dataloader
     seconds = in_turns({"open_clip": lambda: [None for _ in theirs],
@@ -309,4 +315,5 @@ for command in (step, against):
     command.add_argument("--batch-size", type=int, default=0)
     command.add_argument("--rounds", type=int, default=0)
 options = parser.parse_args()
-{"step": bench_step, "data": bench_data, "masks": bench_masks, "open_clip": bench_open_clip}[options.command](options)
+benches = {"step": bench_step, "data": bench_data, "masks": bench_masks, "open_clip": bench_open_clip}
+benches[options.command](options)
