@@ -1,7 +1,7 @@
 """Measures this project; run it from the project's folder. The figures of the README come from here.
 
     python .github/bench.py step                  what a training step costs under each mask
-    python .github/bench.py data SHARDS           how many images a core reads, decodes and augments per second
+    python .github/bench.py data SHARDS           images that a core reads, decodes and augments per second
     python .github/bench.py masks SHARDS          what each part of pgs does to the masks of photographs
     python .github/bench.py open_clip step SHARD  a training step and open_clip's, in turns
     python .github/bench.py open_clip data SHARD --vocab bpe_simple_vocab_16e6.txt.gz   the data pipelines
@@ -9,6 +9,7 @@
 `open_clip` needs open_clip_torch[training]. Everything that is compared runs in turns in one process.
 """
 import argparse
+import copy
 import math
 import os
 import sys
@@ -95,18 +96,19 @@ def bench_step(options):
     chosen = {name: replace(base, **changes) for name, changes in ROWS.items()
               if not options.rows or name in options.rows or name == "none"}
     clip, model, *_ = clip_pgs.build(base, {}, device)  # for all rows: at learning rate 0 it stays
-    made, seconds, memory, kept, flops = {}, {name: [] for name in chosen}, {}, {}, {}
+    teacher = copy.deepcopy(clip.visual)
+    all_heads = clip_pgs.Heads(replace(base, contrast=("simclr", "byol"))).to(device)
+    of_clip, of_both = clip_pgs.make_optimizer(base, clip), clip_pgs.make_optimizer(base, clip, all_heads)
+    seconds, memory, kept, flops, batches = {name: [] for name in chosen}, {}, {}, {}, {}
     for name, config in chosen.items():
         torch.manual_seed(0)
-        heads = clip_pgs.Heads(config).to(device) if config.contrast else None
-        teaches = config.mask == "attentive" or "byol" in config.contrast
-        ema = clip_pgs.copy.deepcopy(clip.visual) if teaches else None
-        optimizer = clip_pgs.make_optimizer(config, clip, *([heads] if heads else []))
-        made[name] = ema, heads, optimizer, made_up_batch(config)
+        batches[name] = made_up_batch(config)
     rounds, warmup, alpha = options.rounds or (20 if on_gpu else 3), 3 if on_gpu else 1, 0.5
     turns = [(number, name) for number in range(-warmup, rounds) for name in chosen]
     for number, name in tqdm(turns, "bench", unit=" steps", leave=False):
-        config, (ema, heads, optimizer, (images, boxes, tokens, decoded)) = chosen[name], made[name]
+        config, (images, boxes, tokens, decoded) = chosen[name], batches[name]
+        ema = teacher if config.mask == "attentive" or config.contrast else None
+        heads, optimizer = (all_heads, of_both) if config.contrast else (None, of_clip)
         noise = None if config.mask == "none" else clip_pgs.step_noise(config, 0, images.shape[1], device)
         peak_memory(device)
         step, (numbers, keep, valid) = timed(device, lambda: clip_pgs.train_step(
