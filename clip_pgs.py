@@ -45,7 +45,6 @@ from tqdm import tqdm
 import data
 import evaluate
 
-
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option of the command line, and what the
 # checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of
@@ -105,9 +104,8 @@ class Config:
     show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
 
 
-# Width and layers of the image tower, of the text tower, size of the embedding. Heads are 64 wide, as in
-# CLIP's ViTs. B and L are CLIP's (Radford et al. 2021); S pairs DeiT's small ViT with a text tower of its
-# width.
+# Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide. B and L
+# are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
 SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-L-16": "1024x24-768x12-768",
          "demo": "128x4-64x2-128"}
 HEAD_WIDTH = 64
@@ -143,7 +141,6 @@ def check(config):
             (len(rest) == 1 and 0 < low <= rest[0] <= 1, "scale", "two numbers, 0 < low <= high <= 1")):
         if not works:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be {rule}")
-
 
 # -----------------------------------------------------------------------------
 # Masks. Each answers one question: which patches does the encoder get to see? pgs goes through five steps:
@@ -183,8 +180,7 @@ def patchify(images, patch_size):
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
     Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros.
-    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection; the release differs
-    (README)."""
+    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection (see the README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
@@ -248,8 +244,7 @@ def sinkhorn(similarity, eps=EPS, iterations=20):
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
-    similarity (B, L, L), candidates (B, C). Balance keeps one large area from taking all that may be
-    removed."""
+    similarity (B, L, L), candidates (B, C). Without balance, one large area can take all that goes."""
     if transport:
         similarity = balance(similarity)
     return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
@@ -274,9 +269,8 @@ def remove(score, ratio, noise, counted=None, share=None):
     order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise must part ties
     rank = order.argsort(1)                                                    # (B, L) 0: the first to go
     removed = (rank < count[:, None]).byte()
-    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the
-    # largest number that the ratio allows. Only the GPU knows the batch's true maximum, and the CPU would
-    # have to wait.
+    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the most
+    # that the ratio allows: for the batch's own maximum, the CPU would have to wait for the GPU.
     keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
     if low == high:
         return keep, None
@@ -329,7 +323,6 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
         return remove(score, ratio, noise, counted)
 
-
 # -----------------------------------------------------------------------------
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
 # open_clip, so that weights load strictly in both directions.
@@ -354,7 +347,6 @@ class Slots(NamedTuple):
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
-
     def __init__(self, width):
         super().__init__()
         self.num_heads = width // HEAD_WIDTH
@@ -382,13 +374,11 @@ class Attention(nn.Module):
 
 class QuickGELU(nn.Module):
     """The approximation of GELU in OpenAI's weights."""
-
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 class Block(nn.Module):
     """A pre-norm transformer layer."""
-
     def __init__(self, width, quick_gelu):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -408,7 +398,6 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A stack of blocks."""
-
     def __init__(self, config, width, layers):
         super().__init__()
         self.grad_checkpointing = config.grad_checkpointing
@@ -443,7 +432,6 @@ def resize_positions(position, L):
 
 class VisionTransformer(nn.Module):
     """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches it is given."""
-
     def __init__(self, config, width, layers, embed_dim):
         super().__init__()
         self.patch_size = config.patch_size
@@ -484,7 +472,6 @@ class VisionTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
-
     def __init__(self, config):
         super().__init__()
         width, layers, text_width, text_layers, embed_dim = tower_sizes(config.model)
@@ -521,17 +508,14 @@ class CLIP(nn.Module):
         token = self.visual.class_token(images, keep, valid)
         return token @ self.visual.proj, self.encode_text(tokens), self.logit_scale.exp(), token
 
-
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower. The mask `attentive` ranks by its attention, BYOL predicts its
-# token.
+# Teacher: the EMA copy of the image tower. `attentive` ranks by its attention, BYOL predicts its token.
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
     """How much the class token attends to each patch, mean over layers and heads, (B, L), and the class token
-    at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to
-    itself. With size, a multiple of the patch size, the tower looks at images of that side (A-CLIP's
-    efficient version)."""
+    at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself. With
+    size, a multiple of the patch size, the tower looks at images of that side (A-CLIP, efficient version)."""
     grid, rows = images.shape[-1] // visual.patch_size, []
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -549,7 +533,6 @@ def update_ema(ema, model, progress):
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - momentum)
 
-
 # -----------------------------------------------------------------------------
 # Loss.
 
@@ -559,7 +542,6 @@ def ranks():
 
 class Gather(torch.autograd.Function):
     """The work of `gather`; dist.all_gather itself has no gradient."""
-
     @staticmethod
     def forward(ctx, x):
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -593,7 +575,6 @@ def clip_loss(image_features, text_features, logit_scale, decoded=None):
         loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
     return loss * world_size / all_decoded.sum().clamp(min=1)
 
-
 # -----------------------------------------------------------------------------
 # Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
 # the CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the
@@ -619,7 +600,6 @@ def head(*widths):
 
 class Heads(nn.Module):
     """What --contrast trains beside the towers; for ViT-B the widths are A-CLIP's."""
-
     def __init__(self, config):
         super().__init__()
         D = tower_sizes(config.model)[0]
@@ -650,7 +630,6 @@ def cut_attention(attention, boxes, side):
     where = 2 * where.to(whole) - 1                                                   # (B, side, side, 2)
     return F.grid_sample(whole, where, padding_mode="border", align_corners=False).flatten(1)
 
-
 # -----------------------------------------------------------------------------
 # Optimizer and schedule.
 
@@ -667,7 +646,6 @@ def learning_rate(step, total_steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
-
 
 # -----------------------------------------------------------------------------
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
@@ -721,10 +699,9 @@ def batch_masks(config, visual, attention, images, noise, alpha):
 
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
     """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns the loss.
-    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,) bool, taught (B,
-    D). One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021): features of all parts
-    without gradient, the loss and its gradient at the features, then each part again, backward from that
-    gradient. The result is exact."""
+    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,), taught (B, D).
+    One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021), exactly the same: features of
+    all parts without gradient, the loss and its gradient at them, each part again, backward from there."""
     def features(part):
         with autocast(config, images.device):
             masks = (x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid))
@@ -763,9 +740,8 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
 
 def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
     """One update on a local batch: (numbers of this rank for the log, keep, valid).
-    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: this step
-    sees whole images. At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once
-    per pass."""
+    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: whole images.
+    At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once per pass."""
     clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
     device = clip.logit_scale.device
     images, boxes, decoded = (x.to(device, non_blocking=True) for x in (images, boxes, decoded))
@@ -790,11 +766,9 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
     kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
     return numbers | {"logit_scale": clip.logit_scale.exp(), "kept": kept}, keep, valid
 
-
 # -----------------------------------------------------------------------------
-# The run: everything around the steps. Order, crops and masks depend only on seed and step, so no random
-# generator is saved, and a resumed run continues as if it had never stopped. A `run` is what `prepare`
-# returns.
+# The run, which `prepare` returns: everything around the steps. Order, crops and masks depend only on seed
+# and step. So no random generator is saved, and a resumed run continues as if it had never stopped.
 
 def claim(config):
     """Makes --out the folder of this run; returns a file that is locked until this process ends. ValueError
@@ -828,9 +802,8 @@ def load_data(config):
     return shards, index
 
 def build(config, state, device):
-    """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them.
-    model is clip, in DDP if there are several ranks; ema is the teacher or None, heads are those of
-    --contrast."""
+    """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them. model is clip,
+    in DDP if there are several ranks; ema is the teacher or None, heads are those of --contrast or None."""
     torch.manual_seed(config.seed)
     clip = CLIP(config).to(device)
     heads = Heads(config).to(device) if config.contrast else None
@@ -870,13 +843,11 @@ def prepare(config, state, device):
         if state.get(name, now) != now:
             raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what[name]}, now there "
                              f"are {now}; the number must be the same")
-    captions = data.sample_captions(shards, index)
-    if "merges" in state:
-        tokenizer = data.Tokenizer(state["merges"], config.context_length)
-    elif config.vocab:
+    if config.vocab and "merges" not in state:
         tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
-        merges = data.learn_merges(captions, config.vocab_size - 514, progress=ranks()[0] == 0)
+        merges = state["merges"] if "merges" in state else data.learn_merges(
+            data.sample_captions(shards, index), config.vocab_size - 514, progress=ranks()[0] == 0)
         tokenizer = data.Tokenizer(merges, config.context_length)
     config.vocab_size = tokenizer.vocab_size
     chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
@@ -921,8 +892,7 @@ def epoch_loader(run, epoch, steps):
 
 def train_epoch(run, epoch, log, requests):
     """Trains to the end of the epoch, or until a rank has a signal in `requests`: (records, stopped).
-    Each step adds its record, a line of json, to the file `log`. ValueError if too many samples do not
-    decode."""
+    Each step adds its record, a line of json, to `log`. ValueError if too many samples do not decode."""
     config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
@@ -1020,7 +990,6 @@ def train(config, state, device):
     if any("failed" in metrics for metrics in results.values()):
         sys.exit(1)
 
-
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
 
@@ -1101,8 +1070,9 @@ def main():
         if device.type == "cuda":
             torch.cuda.set_device(device)
             if config.precision != "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
-                print("this GPU has no bf16: fp32 instead" if rank == 0 else "", end="\n" * (rank == 0))
                 config.precision = "fp32"
+                if rank == 0:
+                    print("this GPU has no bf16: fp32 instead")
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
         config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
@@ -1116,8 +1086,7 @@ def main():
         fault, patience = (f"error: {line}", min(rank, 1)) if line else (traceback.format_exc(), 5)
     if world_size > 1 and fault:
         # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost
-        # the connection to it. Of ranks that failed alike, rank 0 is enough: the others wait a second for
-        # their end.
+        # the connection to it. Of ranks that failed alike, rank 0 is enough: the others wait for their end.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(patience)
     return fault
