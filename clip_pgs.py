@@ -540,40 +540,31 @@ def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-class Gather(torch.autograd.Function):
-    """The work of `gather`; dist.all_gather itself has no gradient."""
-    @staticmethod
-    def forward(ctx, x):
-        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, x.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # the loss of every rank depends on our features
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
 def gather(x):
-    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order, with gradient."""
-    return Gather.apply(x) if dist.is_initialized() else x
+    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. The gradient goes to this
+    rank's own part, times world_size: DDP will add up the gradients of the ranks and divide by it."""
+    rank, world_size = ranks()
+    if world_size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x.clone()
+    if x.requires_grad:
+        parts[rank].register_hook(lambda gradient: gradient * world_size)
+    return torch.cat(parts)
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
-    """Symmetric cross entropy (Radford et al. 2021, figure 3) of features (B, E), which it normalises.
-    logit_scale multiplies the cosines. Pairs that are not decoded (B,) bool are left out, as rows and as
-    columns. Each rank compares its own pairs with the pairs of all ranks. The mean of what the ranks return
-    is the loss of the whole batch, and the mean of their gradients, which DDP takes, is its gradient."""
-    B, (rank, world_size) = len(image_features), ranks()
-    if decoded is None:
-        decoded = torch.ones(B, dtype=torch.bool, device=image_features.device)
-    images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    labels = torch.arange(rank * B, (rank + 1) * B, device=decoded.device)
-    labels, all_decoded = labels.where(decoded, -100), gather(decoded)   # cross_entropy skips labels of -100
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, which it
+    normalises: the same number on every rank. logit_scale multiplies the cosines. Pairs that are not decoded
+    (B,) bool are left out, as rows and as columns."""
+    images, texts = (gather(F.normalize(x, dim=-1)) for x in (image_features, text_features))
+    known = torch.ones_like(images[:, 0], dtype=torch.bool) if decoded is None else gather(decoded)
+    labels = torch.arange(len(known), device=known.device).where(known, -100)  # cross_entropy skips -100
     loss = 0
-    for ours, others in ((images, gather(texts)), (texts, gather(images))):
-        logits = (logit_scale * ours @ others.T).masked_fill(~all_decoded, -math.inf)    # (B, world_size * B)
+    for rows, columns in ((images, texts), (texts, images)):                   # (world_size * B, E) each
+        logits = (logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
         loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
-    return loss * world_size / all_decoded.sum().clamp(min=1)
+    return loss / known.sum().clamp(min=1)
 
 # -----------------------------------------------------------------------------
 # Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
