@@ -103,8 +103,8 @@ def read_split(folder, split, extension):
     return samples, texts
 
 # -----------------------------------------------------------------------------
-# Embed: open_clip's evaluation transform, bit for bit, then unit features. With several ranks, rank r encodes
-# every world_size-th sample from the r-th on, and all ranks get all features.
+# Embed: open_clip's evaluation transform (`resize_and_crop`, then `data.normalize`), bit for bit, then unit
+# features. Of several ranks, rank r encodes every world_size-th sample from the r-th on, and all get all.
 
 IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depend on them by rounding alone
 
@@ -121,10 +121,6 @@ def resize_and_crop(image, size):
         box = box / (width, height, width, height) * (image.size * 2)
         image = image.resize((size, size), bicubic, tuple(np.minimum(box, image.size * 2)))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-def preprocess(image, size):
-    """What the encoder sees of a PIL image: (3, size, size) float."""
-    return data.normalize(resize_and_crop(image, size))
 
 def read_image(sample, size):
     """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode."""
@@ -462,7 +458,7 @@ def draw_curves(path, logs):
             x, y = np.array(points).T
             window = max(1, len(x) // 40)
             smooth = np.convolve(y, np.ones(window) / window, "valid")
-            panels[title] += [(color + "60", x, y), (color, x[window - 1:], smooth)]
+            panels[title] += [(color + "50", x, y), (color, x[window - 1:], smooth)]
         last[os.path.dirname(log) or log] = metrics
     image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
     draw = ImageDraw.Draw(image, "RGBA")  # the last two digits of a pale color are its alpha
@@ -521,7 +517,6 @@ def load(path, vocab="", quick_gelu=False):
     vocab: CLIP's bpe_simple_vocab_16e6.txt.gz, for files that were not made here. quick_gelu: for OpenAI's
     weights in a file that does not show it. ValueError or OSError with one line if a file cannot be used."""
     import clip_pgs  # the model to fill; everything else here takes any model
-
     checkpoint = read_checkpoint(path)
     ours = {"model", "config", "merges"} <= checkpoint.keys()
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
@@ -625,7 +620,7 @@ def main():
     add("--quick-gelu", action="store_true", help="for OpenAI's weights in a plain state dict")
     add("--json", metavar="FILE", help="write the metrics, with CLIP_benchmark's names")
     add("--pictures", metavar="DIR", help="write a PNG of what was found or mistaken")
-    add("--curves", nargs="+", metavar="LOG", help="draw the log.jsonl of runs, print their last metrics")
+    add("--curves", nargs="+", metavar="LOG", help="draw runs' log.jsonl to curves.png, print last metrics")
     add("--workers", type=int, default=4, help="threads that read and decode images")
     try:
         run(parser.parse_args())
