@@ -163,14 +163,14 @@ def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
 def gather(model, features, total, rank, world_size):
     """Unit features (total, E) of all samples, in order, on all ranks. features yields those of this rank,
     (B, E). A ValueError of one rank is raised on all: none may wait for one that has stopped."""
-    joined, fault = model.text_projection.new_zeros(total, model.text_projection.shape[1]), ""
+    joined = model.text_projection.new_zeros(total, model.text_projection.shape[1])
+    faults = [""] * world_size
     try:
         joined[rank::world_size] = torch.cat([joined[:0], *features])
     except ValueError as error:
-        fault = str(error)
-    faults = [fault] * world_size
+        faults[rank] = str(error)
     if world_size > 1:
-        dist.all_gather_object(faults, fault)
+        dist.all_gather_object(faults, faults[rank])
         dist.all_reduce(joined)  # a sum: each row is zero on all ranks but one
     if any(faults):
         raise ValueError(max(faults))
@@ -612,7 +612,7 @@ def main():
     parser = argparse.ArgumentParser(description="Evaluates a CLIP checkpoint.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a file of clip_pgs.py, open_clip, OpenAI or CLIP-PGS")
-    add("--data", nargs="+", metavar="DIR", help="folders in CLIP_benchmark's layout; else those of --val")
+    add("--data", nargs="+", metavar="DIR", help="folders in CLIP_benchmark's layout; else training's --val")
     add("--probe", action="store_true", help="also a linear probe, of folders with a labelled train/")
     add("--sugarcrepe", metavar="DIR", help="folder of SugarCrepe's seven json files")
     add("--images", metavar="DIR", help="COCO's val2017 images, for --sugarcrepe")
