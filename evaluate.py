@@ -103,8 +103,8 @@ def read_split(folder, split, extension):
     return samples, texts
 
 # -----------------------------------------------------------------------------
-# Embed: open_clip's evaluation transform (`resize_and_crop`, then `data.normalize`), bit for bit, then unit
-# features. Of several ranks, rank r encodes every world_size-th sample from the r-th on, and all get all.
+# Embed: open_clip's evaluation transform, bit for bit, then unit features. Of several ranks, rank r encodes
+# every world_size-th sample from the r-th on, and all get all features.
 
 IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depend on them by rounding alone
 
@@ -121,6 +121,10 @@ def resize_and_crop(image, size):
         box = box / (width, height, width, height) * (image.size * 2)
         image = image.resize((size, size), bicubic, tuple(np.minimum(box, image.size * 2)))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+def preprocess(image, size):
+    """What the encoder sees of a PIL image: (3, size, size) float."""
+    return data.normalize(resize_and_crop(image, size))
 
 def read_image(sample, size):
     """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode."""
@@ -418,10 +422,10 @@ def read_log(path):
     with open(path, encoding="utf-8", errors="replace") as file:
         lines, records = file.readlines(), []
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, AttributeError):
             record = json.loads(line)
-            record["step"], record["loss"]
-            records.append(record)
+            if {"step", "loss"} <= record.keys():
+                records.append(record)
     if len(records) < len(lines):
         print(f"warning: {path}: {len(lines) - len(records)} damaged lines dropped")
     return records

@@ -1671,7 +1671,7 @@ def test_preprocess_resizes_crops_and_then_converts(mode):
     middle = image.resize((int(16 * 37 / 23), 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")  # 25 x 16
     mean, std = np.float32(data.MEAN), np.float32(data.STD)
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
-    assert np.array_equal(data.normalize(evaluate.resize_and_crop(image, 16)).numpy(), expected.transpose(2, 0, 1))
+    assert np.array_equal(evaluate.preprocess(image, 16).numpy(), expected.transpose(2, 0, 1))
 
 @pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000)])
 def test_of_a_very_long_picture_only_the_middle_is_resized(size):
@@ -1690,7 +1690,7 @@ def test_classification_equals_a_loop(tmp_path, small_clip):
         both = F.normalize(model.encode_text(tokenizer.encode([f"a {name}", f"the {name}."])), dim=-1)
         classes.append(both.mean(0) / both.mean(0).norm())
     for sample in labelled(20):
-        image = data.normalize(evaluate.resize_and_crop(Image.open(io.BytesIO(sample["jpg"])), 16))[None]
+        image = evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16)[None]
         scores = [float(model.encode_image(image)[0] @ c) for c in classes]
         label = int(sample["cls"])
         hits[label].append(scores.index(max(scores)) == label)
@@ -1753,8 +1753,7 @@ def test_a_linear_probe_learns_what_is_linear():
 def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path, small_clip):
     model, tokenizer, config = small_clip
     (tmp_path / "a.jpg").write_bytes(noise_image())
-    pixels = evaluate.resize_and_crop(Image.open(tmp_path / "a.jpg"), 16)[None]
-    image = F.normalize(model.encode_image(data.normalize(pixels)), dim=-1)
+    image = F.normalize(model.encode_image(evaluate.preprocess(Image.open(tmp_path / "a.jpg"), 16)[None]), dim=-1)
     pair = ["a red cat", "two blue dogs in a field"]
     pair.sort(key=lambda text: -float(F.normalize(model.encode_text(tokenizer.encode([text])), dim=-1) @ image.T))
     right = {"filename": "a.jpg", "caption": pair[0], "negative_caption": pair[1]}
