@@ -3,8 +3,7 @@
     python data.py pack captions.tsv OUT     make shards of a list of `image path <TAB> caption`
     python data.py demo OUT                  draw the demo data set
 
-The file follows one sample: where it lies in which shard, when it is read, its bytes to pixels, its caption
-to token ids, the batch; and last the shards that we write ourselves, the demo's among them.
+The file follows a sample: its place in a shard, its turn, its pixels, its token ids, its batch; then writing.
 """
 import argparse
 import glob
@@ -24,7 +23,7 @@ import tarfile
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 import numpy as np
@@ -36,7 +35,6 @@ from tqdm import tqdm
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 # -----------------------------------------------------------------------------
 # Files and messages.
@@ -81,88 +79,76 @@ def message(error):
         return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, (ValueError, OSError)) else ""
 
-
 # -----------------------------------------------------------------------------
 # Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells where every
 # image and caption lies. With that index, any sample is one read away, and an epoch is a permutation.
 
 def expand(patterns):
     """The shards that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
-    ValueError for a pattern that matches nothing or a path that is not there."""
+    Numbers keep their width. ValueError for a path that is not there or a pattern that matches nothing."""
     paths = []
-    for path in itertools.chain.from_iterable(map(expand_braces, patterns)):
-        if os.path.isdir(path):
+    for path in patterns:
+        braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+        if braces:
+            numbers = range(int(braces[1]), int(braces[2]) + 1)
+            found = expand(path.replace(braces[0], str(n).zfill(len(braces[1])), 1) for n in numbers)
+        elif os.path.isdir(path):
             raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        else:
+            found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
-            raise ValueError(f"--data {path}: {why}")
+            raise ValueError(f"--data {path}: {'the range is empty' if braces else why}")
         paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
-def expand_braces(pattern):
-    """'a{00..02}.tar' -> a00.tar, a01.tar, a02.tar; numbers keep their width. Several ranges multiply."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
-        return [pattern]
-    first, last = found.groups()
-    if int(first) > int(last):
-        raise ValueError(f"--data {pattern}: the range {found.group()} is empty")
-    heads = (pattern[:found.start()] + str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-    return [path for head in heads for path in expand_braces(head + pattern[found.end():])]
-
 def tar_members(path):
     """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
-    ValueError that names the shard where the tar is damaged; what was yielded before is whole. Names are only
-    ever used as labels, never as paths on disk."""
+    Names are labels, never paths on disk. ValueError if the tar is damaged; what came before is whole."""
     with open(path, "rb") as file:
         at = -1
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in iter(tar.next, None):
-                    tar.members = []  # else tarfile keeps them all
-                    if member.offset <= at:
-                        raise ValueError("a header with a negative size")
-                    at = member.offset
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-                end = tar.offset
+            tar = tarfile.open(fileobj=file, mode="r:")
+            for member in iter(tar.next, None):
+                tar.members = []  # else tarfile keeps them all
+                if member.offset <= at:
+                    raise ValueError("a header with a negative size")
+                at = member.offset
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
         except OSError:
             raise  # the disk's fault
         except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
             what = "truncated" if at >= 0 and "end of data" in str(error) else what_it_is(path)
             raise ValueError(f"{path}: {what}") from None
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
-        file.seek(end)
-        for block in itertools.chain([file.read(512)], iter(lambda: file.read(1 << 20), b"")):
-            if not block or len(block) % 512:
-                raise ValueError(f"{path}: truncated, the tar breaks off at byte {os.path.getsize(path)}")
-            if block.strip(b"\0"):
-                raise ValueError(f"{path}: more than zeros after its last file, at byte {end}: a damaged "
-                                 "header, or two tars in one file")
+        file.seek(tar.offset)
+        rest = file.read(1 << 24)
+        if not rest or len(rest) % 512:
+            raise ValueError(f"{path}: truncated, the tar breaks off at byte {os.path.getsize(path)}")
+        if rest.strip(b"\0"):
+            raise ValueError(f"{path}: more than zeros after its last file, at byte {tar.offset}: "
+                             "a damaged header, or two tars in one file")
 
 def tar_samples(path):
-    """([(key, {extension: (offset, size)})], fault): the samples of a tar in its order, and its fault or "".
-    As in webdataset, a key ends at the first dot of the file name, files whose name begins with a dot do not
-    count, and a key that comes again is another sample."""
-    samples, of_key, fault = [], {}, ""
+    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order. A key ends at
+    the first dot of the file name. A key that comes again is another sample, as in webdataset."""
+    samples, of_key = [], {}
     try:
         for name, offset, size in tar_members(path):
-            folder, slash, base = name.rpartition("/")
-            key, _, extension = base.partition(".")
-            key, extension = folder + slash + key, extension.lower()
-            if base.startswith("."):
-                continue
+            stem, dot, extension = name.rpartition("/")[2].partition(".")
+            key, extension = name.removesuffix(dot + extension), extension.lower()
+            if not stem:
+                continue  # a hidden file, such as macOS puts beside others
             if extension in of_key.get(key, {}):
                 of_key.clear()  # names start again: nothing that follows belongs to a sample from before
             if key not in of_key:
                 of_key[key] = {}
                 samples.append((key, of_key[key]))
             of_key[key][extension] = offset, size
-        fault = "" if samples else f"{path}: a tar without files"
     except ValueError as error:
-        fault = str(error)
-    return samples, fault
+        return samples, str(error)
+    return samples, "" if samples else f"{path}: a tar without files"
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
@@ -197,19 +183,16 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     """(N,) array of INDEX rows, one per image with a caption, in the shards' order; and a list of warnings.
     A broken shard gives what stands before its fault, and a warning. ValueError if more than the share
     max_bad of the shards is broken or of the samples incomplete; OSError if a shard cannot be read. `folder`
-    keeps the index as index.npy for the next start and for other ranks, whose processes share its pages in
-    memory."""
+    keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
     paths = [os.path.join(folder, f"index.{kind}") for kind in ("npy", "json")]
     index, faults, lost = None, [], {}
-    try:
+    with suppress(Exception):  # not there yet, or damaged: it is only a copy
         with open(paths[1]) as file:
             stored = json.load(file)
         if folder and stored["stamp"] == stamp:
             index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
-    except Exception:  # not there yet, or damaged: it is only a copy
-        pass
     if index is None:
         parts = [np.empty(0, INDEX)]
         with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
@@ -239,29 +222,24 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
 
 def epoch_order(index, seed, epoch):
-    """(N,) sample numbers in the order in which this epoch reads them, from seed and epoch alone.
-    Shards are shuffled, then every sample moves by up to WINDOW places: a disk sees nearly sequential
-    reads."""
+    """(N,) sample numbers in the order of this epoch, from seed and epoch alone. Shards are shuffled, then
+    every sample moves by up to WINDOW places: a disk sees nearly sequential reads."""
     rng = np.random.default_rng([seed, epoch])
     place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
     order = place.argsort(kind="stable")
     return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
 
-@lru_cache(maxsize=64)
-def open_shard(path):
-    """A file that stays open, because the next samples come from the same shard."""
-    return open(path, "rb", buffering=0)
+open_shard = lru_cache(maxsize=64)(open)  # files stay open: the next samples come from the same shard
 
 def read_bytes(path, offset, size):
     """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read that far."""
     try:
-        raw = os.pread(open_shard(path).fileno(), size, offset)
+        raw = os.pread(open_shard(path, "rb", buffering=0).fileno(), size, offset)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from None
     if len(raw) < size:
         raise OSError(f"{path}: ends before byte {offset + size}, but was longer when its index was made")
     return raw
-
 
 # -----------------------------------------------------------------------------
 # Images: bytes to pixels.
@@ -278,18 +256,20 @@ def open_image(raw):
         raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
     return image
 
-def cause_of(error):
-    """One line for whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...)."""
-    return re.sub(r" <_io.*>", "", str(error)) or type(error).__name__
+@contextmanager
+def decoding():
+    """Whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...) becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
 
+@decoding()
 def decode_image(raw):
     """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it is damaged."""
-    try:
-        image = open_image(raw)
-        image.load()
-        return image
-    except Exception as error:
-        raise ValueError(cause_of(error)) from None
+    image = open_image(raw)
+    image.load()
+    return image
 
 def eight_bits(image):
     """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
@@ -301,10 +281,9 @@ def eight_bits(image):
 
 def upright(image):
     """A photograph as its orientation tag says it was held; a damaged tag says nothing."""
-    try:
+    with suppress(Exception):
         return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+    return image
 
 def to_rgb(image):
     """RGB as people see the picture: transparent parts lie on white."""
@@ -332,9 +311,9 @@ def random_box(width, height, scale, rng):
 def crops(image, boxes, size):
     """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
     A JPEG that is not loaded yet is decoded no larger than needed."""
-    # A JPEG stores cosine transforms. Its decoder can leave out the higher half of them or more, and give a
-    # picture of a half, quarter or eighth of the size in less time. The resize still has to shrink that to
-    # two thirds or less. On photographs, the error that is left is that of saving once more at quality 90.
+    # A JPEG's decoder can leave out high frequencies, and gives a half, quarter or eighth of the size sooner.
+    # If the resize still shrinks that to two thirds or less, photographs lose no more by it than by being
+    # saved once more at quality 90.
     width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
@@ -343,17 +322,17 @@ def crops(image, boxes, size):
     return torch.cat([F.interpolate(pixels[..., top:bottom, left:right], (size, size), mode="bicubic",
                                     antialias=True) for left, top, right, bottom in boxes])
 
+# A-CLIP's strengths; None: the hue.
+JITTER = (ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2), (None, 0.1)
+
 def augment(view, rng):
-    """Photometric changes of a view (3, H, W) uint8, with A-CLIP's strengths: colour jitter of 0.4, 0.4, 0.2
-    and 0.1 with probability 0.8, grey 0.2, blur 0.1, solarise 0.2."""
+    """A view (3, H, W) uint8 in other colours, greys, blurred or solarised, with A-CLIP's probabilities."""
     image = Image.fromarray(view.permute(1, 2, 0).numpy())
-    brightness, contrast, colour = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
-    kinds = (brightness, 0.4), (contrast, 0.4), (colour, 0.2), ("hue", 0.1)
     for number in rng.permutation(4) if rng.random() < 0.8 else ():
-        kind, strength = kinds[number]
+        enhancer, strength = JITTER[number]
         change = rng.uniform(-strength, strength)
-        if kind != "hue":
-            image = kind(image).enhance(1 + change)
+        if enhancer:
+            image = enhancer(image).enhance(1 + change)
         else:
             hue, *others = image.convert("HSV").split()
             hue = hue.point(lambda value: (value + round(255 * change)) % 256)
@@ -373,14 +352,11 @@ def normalize(images):
     mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
-
 # -----------------------------------------------------------------------------
-# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last one
-# marked with </w>; merges join the pair of symbols that was most frequent in training, in the order of
-# learning.
+# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last marked
+# with </w>; merges join the pair of symbols that was most frequent in training, in the order learned.
 
-# CLIP's printable stand-in for each byte: itself if it shows on a screen (! to ~, ¡ to ¬, ® to ÿ), else the
-# next letter from U+0100.
+# CLIP's printable stand-in for each byte: itself if it shows (! to ~, ¡ to ¬, ® to ÿ), else U+0100 and on.
 BYTES = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in BYTES)}
 
@@ -394,15 +370,12 @@ FIXES |= {ord(c): "".join(chr(int(code, 16)) for code in unicodedata.decompositi
           for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"}
 FIXES |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
 
+# CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _;
+# \d is only the decimal digits, so the other numbers (such as ² or ½) are listed. [a-z] is for speed alone.
+# CLIP's pattern ignores case, and ſ is another case of s.
+NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
+WORD = re.compile(rf"'(?:[sſtmd]|re|ve|ll)|(?:[a-z]|[^\W\d_{NUMBERS}])+|[\d{NUMBERS}]|(?:[^\s\w]|_)+")
 MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
-
-@lru_cache
-def word_pattern():
-    """CLIP's pattern is written with \\p{L} and \\p{N}, which Python's re lacks. \\w is letters, all numbers
-    and _, \\d only the decimal digits: the other numbers (such as ² or ½) have to be listed."""
-    numbers = (c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-    other = "".join(numbers)
-    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{other}]+|[\d{other}]|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 def split_words(text):
     """The words of a caption, each a string of byte symbols; the text is fixed, unescaped, in lower case."""
@@ -413,64 +386,46 @@ def split_words(text):
         text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)  # a terminal's colours
         text = unicodedata.normalize("NFC", text.translate(FIXES))
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
-    return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in word_pattern().findall(text)]
+    return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in WORD.findall(text)]
 
 def learn_merges(captions, num_merges, progress=False):
-    """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first.
-    Ends early when no pair occurs twice. All words stand in one row; a merge visits the places of its pair
-    only."""
+    """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first,
+    none that occurs once."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
-    symbols, left, right, times = [], [], [], []  # per place: symbol, places of its neighbours or -1, count
-    for word, count in counts.items():
-        start, end = len(symbols), len(symbols) + len(word)
-        symbols += [*word[:-1], word[-1] + "</w>"]
-        left += [-1, *range(start, end - 1)]
-        right += [*range(start + 1, end), -1]
-        times += [count] * len(word)
-    pair_count, places = Counter(), defaultdict(list)
-    for place, after in enumerate(right):
-        if after >= 0:
-            pair_count[symbols[place], symbols[after]] += times[place]
-            places[symbols[place], symbols[after]].append(place)
-
+    # A word is a text such as " c  a  t</w> ": to merge c and a is to replace " c  a " by " ca ".
+    words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
+    pair_count, places = Counter(), defaultdict(set)   # of a pair: how often it occurs, and in which words
+    for number, word in enumerate(words):
+        for pair in itertools.pairwise(word.split()):
+            pair_count[pair] += times[number]
+            places[pair].add(number)
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
-    bar = tqdm(total=num_merges, desc="learning merges", delay=2, leave=False, disable=not progress)
     merges = []
-    while heap and len(merges) < num_merges:
-        count, pair = heapq.heappop(heap)
-        if -count != pair_count[pair]:  # an old count: put the pair back with its present one
-            if pair_count[pair] > 0:
-                heapq.heappush(heap, (-pair_count[pair], pair))
-            continue
+    for _ in tqdm(range(num_merges), "learning merges", delay=2, leave=False, disable=not progress):
+        count, pair = heapq.heappop(heap) if heap else (0, None)
+        while -count != pair_count[pair]:  # an old count: put the pair back with its present one
+            count, pair = heapq.heappushpop(heap, (-pair_count[pair], pair))
         if -count < 2:
             break
         merges.append(" ".join(pair))
-        bar.update()
         joined, grown = "".join(pair), set()
-        for place in sorted(places.pop(pair)):
-            after = right[place]
-            if after < 0 or (symbols[place], symbols[after]) != pair:
-                continue  # another merge was here
-            symbols[place], symbols[after], right[place] = joined, None, right[after]
-            for a, b, old in ((left[place], place, pair[0]), (place, right[place], pair[1])):
-                if a >= 0 and b >= 0:
-                    pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
-                    pair_count[symbols[a], symbols[b]] += times[place]
-                    places[symbols[a], symbols[b]].append(a)
-                    grown.add((symbols[a], symbols[b]))
-            if right[place] >= 0:
-                left[right[place]] = place
-        del pair_count[pair]
+        for number in places.pop(pair):
+            for old in itertools.pairwise(words[number].split()):
+                pair_count[old] -= times[number]
+            words[number] = words[number].replace(" %s  %s " % pair, f" {joined} ")
+            for new in itertools.pairwise(words[number].split()):
+                pair_count[new] += times[number]
+                if joined in new:
+                    places[new].add(number)
+                    grown.add(new)
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
-    bar.close()
     return "\n".join(merges)
 
 class Tokenizer:
     """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges, <start>, <end>."""
-
     def __init__(self, merges, context_length=77):
         self.merges, self.context_length = merges, context_length
         pairs = [tuple(line.split()) for line in merges.splitlines()]
@@ -486,8 +441,7 @@ class Tokenizer:
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().splitlines()
-            # The first line is a version. CLIP uses only as many merges as make 49,408 with bytes and
-            # specials.
+            # CLIP skips the line of the version, and takes as many merges as make 49,408 ids with the others.
             merges = lines[1:49408 - 512 - 2 + 1]
             if not merges or any(len(line.split()) != 2 for line in merges):
                 raise ValueError("not a list of two symbols a line")
@@ -498,17 +452,13 @@ class Tokenizer:
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
         """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        while len(symbols) > 1:
-            best = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = ["".join(best)]
-                i += 1
-        return [self.ids[symbol] for symbol in symbols]
+        word = f" {'  '.join(word)}</w> "
+        while True:
+            symbols = word.split()
+            pair = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, 1e9), default=None)
+            if pair not in self.rank:
+                return [self.ids[symbol] for symbol in symbols]
+            word = word.replace(" %s  %s " % pair, " %s%s " % pair)
 
     def encode(self, captions):
         """(N, T) int64 of a list of str, or of lists of words of byte symbols: <start>, ids, <end>, zeros.
@@ -522,13 +472,11 @@ class Tokenizer:
         return tokens
 
 def word_chances(captions, threshold=1e-6, least=5):
-    """{word: its chance to go first, max(0, 1 - sqrt(threshold / share))}, share of it among all words. Words
-    that occur less often than `least` times are left out: they always go first. CLIPF, Liang and Larson, WACV
-    2026."""
+    """{word: its chance to go first, max(0, 1 - sqrt(threshold / its share of all words))}, after CLIPF
+    (Liang and Larson, WACV 2026). Words that occur less than `least` times are left out: they go first."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     total = counts.total()
     return {word: max(0.0, 1 - math.sqrt(threshold * total / n)) for word, n in counts.items() if n >= least}
-
 
 # -----------------------------------------------------------------------------
 # Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch began:
@@ -537,10 +485,9 @@ def word_chances(captions, threshold=1e-6, least=5):
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
     lost, fault. order: (steps, B) sample numbers; V: views. With `whole`, images has one more row: the part
-    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). In the
-    first `masked` batches captions are shortened. A sample that does not decode leaves a black image and its
-    cause in the list `lost`. A disk that fails is another matter: `fault` is then its message, else ""."""
-
+    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]).
+    Captions are shortened in the first `masked` batches. A sample that does not decode leaves a black image
+    and its cause in the list `lost`. If a disk fails, `fault` is its message, else ""."""
     def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False,
                  text_tokens=0, chances=None, masked=0):
         self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
@@ -559,33 +506,28 @@ class Batches(torch.utils.data.Dataset):
             rng = np.random.default_rng([*self.seed, sample])
             try:
                 texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
+                words[i] = split_words(texts[rng.integers(len(texts))])
+                with decoding():
+                    image = upright(open_image(raw))
+                    found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])
+                    around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
+                    images[:, i] = crops(image, np.vstack([found, around])[:len(images)], size)
             except OSError as error:
                 fault = message(error)
-                continue
             except ValueError as error:
                 decoded[i] = False
                 lost.append(str(error))
-                continue
-            words[i] = split_words(texts[rng.integers(len(texts))])
-            try:
-                image = upright(open_image(raw))
-                found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])
-                around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
-                images[:, i] = crops(image, np.concatenate([found, around[None]])[:len(images)], size)
-            except Exception as error:
-                decoded[i] = False
-                lost.append(cause_of(error))
-                continue
-            sides = np.tile(around[2:] - around[:2], 2)
-            boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / sides)
-            for view in images[:self.views, i] if self.views > 1 else ():
-                view.copy_(augment(view, rng))
-            if self.text_tokens and number < self.masked:
-                words[i] = self.shorten(words[i], rng)
+            else:
+                sides = np.tile(around[2:] - around[:2], 2)
+                boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / sides)
+                for view in images[:self.views, i] if self.views > 1 else ():
+                    view.copy_(augment(view, rng))
+                if self.text_tokens and number < self.masked:
+                    words[i] = self.shorten(words[i], rng)
         batch = images, boxes, self.tokenizer.encode(words), decoded
         if torch.utils.data.get_worker_info():
-            # In a worker: if shared memory runs out, the error reaches the training loop from here. It would
-            # not from the thread that sends the batch, and the loop would wait forever.
+            # If shared memory runs out, the error reaches the training loop from here. It would not from the
+            # thread that sends the batch, and the loop would wait forever.
             for x in batch:
                 x.share_memory_()
         return *batch, lost, fault
@@ -594,12 +536,9 @@ class Batches(torch.utils.data.Dataset):
         """Without the words that are the first to go, until the rest has at most text_tokens tokens (CLIPF).
         Those with the highest `noise - chance` stay, in their order."""
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
-        left = list(range(len(words)))
-        for first in score.argsort():
-            if sum(len(self.tokenizer.word_ids(words[i])) for i in left) <= self.text_tokens:
-                break
-            left.remove(first)
-        return [words[i] for i in left]
+        order = score.argsort()[::-1]
+        sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
+        return [words[i] for i in sorted(order[sizes.cumsum() <= self.text_tokens])]
 
 def captions(shard, row):
     """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
@@ -608,24 +547,21 @@ def captions(shard, row):
     try:
         found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         found = json.loads(found)["caption"] if row["json"] else found
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json") from None
-    found = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
-    found = [caption for caption in found if isinstance(caption, str) and caption.strip()]
-    if not found:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        utf8 = not isinstance(error, UnicodeDecodeError)
+        raise ValueError("no caption in the json" if utf8 else "caption is not UTF-8") from None
+    lines = found.splitlines() if isinstance(found, str) else found
+    lines = lines if isinstance(lines, list) else []
+    lines = [line for line in lines if isinstance(line, str) and line.strip()]
+    if not lines:
         raise ValueError("empty caption")
-    return found
+    return lines
 
 def sample_captions(shards, index, limit=100_000):
     """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges from."""
     for row in index[::max(1, math.ceil(len(index) / limit))]:
-        try:
+        with suppress(ValueError):  # such a sample is counted where it is trained on
             yield from captions(shards[row["shard"]], row)
-        except ValueError:
-            continue  # counted where it is trained on
-
 
 # -----------------------------------------------------------------------------
 # Writing shards.
@@ -658,42 +594,38 @@ def list_samples(path):
     """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of
     the same image that follow each other are one sample. ValueError that names a bad line."""
     for image, lines in itertools.groupby(read_caption_list(path), key=lambda line: line[1]):
-        (number, *_), *_ = lines = list(lines)
+        numbers, _, texts = zip(*lines)
         extension = image.rpartition(".")[2].lower()
         if extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"{path}, line {number}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
+            raise ValueError(f"{path}, line {numbers[0]}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
         try:
             with open(os.path.join(os.path.dirname(path), image), "rb") as file:
-                yield {extension: file.read(), "txt": "\n".join(caption for *_, caption in lines).encode()}
+                yield {extension: file.read(), "txt": "\n".join(texts).encode()}
         except OSError as error:
-            raise ValueError(f"{path}, line {number}: {image}: {error.strerror}") from None
-
+            raise ValueError(f"{path}, line {numbers[0]}: {image}: {error.strerror}") from None
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the
 # background repeats itself and the objects have detail inside, so there is something for a mask to find.
-# Scene i of a split depends on nothing else.
 
-SCENE_SIZE = 48                       # pixels, both sides
+SCENE_SIZE = 48  # pixels, both sides
 SPLITS = {"train": 20_000, "seen": 1_000, "unseen": 500, "retrieval": 500}
 COLOURS = {"red": (255, 60, 50), "yellow": (255, 235, 40), "green": (50, 220, 70), "cyan": (60, 235, 245),
            "blue": (70, 120, 255), "purple": (180, 80, 255), "pink": (255, 140, 210), "white": (250,) * 3}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar", "ring", "crescent")
-RADII = {"small": (0.24, 0.29), "large": (0.32, 0.38)}  # share of the picture; less if there are two objects
+RADII = ("small", 0.24, 0.29), ("large", 0.32, 0.38)  # share of the picture; less if there are two objects
 
-# Each colour and each shape misses one partner, always the same one: these pairs are never in a training
-# scene.
-PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]   # the classes, in label order
+# Each colour and each shape misses one partner, always the same: these pairs are in no training scene.
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]  # the classes, in label order
 UNSEEN = list(zip(COLOURS, SHAPES))
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
 
-RELATIONS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
-             "above": ("above", "over"), "below": ("below", "under")}
-BACKGROUNDS = {"plain": ("a plain background", "a flat background"), "blobs": ("soft blobs", "blobs"),
-               "gradient": ("a gradient", "a smooth gradient")}
-
-# Captions. x, y: the objects; r: where x is, seen from y; b: the background. They often say no more than what
-# is there, because a small model takes far longer to learn shape than colour.
+# Captions. x, y: the objects; r: where x is, seen from y (axis, side, words); b: the background. They often
+# say no more than what is there, because a small model takes far longer to learn shape than colour.
+RELATIONS = ((0, -1, ("left of", "to the left of")), (0, 1, ("right of", "to the right of")),
+             (1, -1, ("above", "over")), (1, 1, ("below", "under")))
+BACKGROUNDS = (("plain", ("a plain background", "a flat background")), ("blobs", ("soft blobs", "blobs")),
+               ("gradient", ("a gradient", "a smooth gradient")))
 ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}",
        "I see {x}", "here is {x}", "just {x}", "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}",
        "on {b} there is {x}")
@@ -701,10 +633,16 @@ FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} 
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
 
-# Corners of most shapes: angles in degrees, distances from the center. The others are drawn as discs.
+# The texts of an evaluation folder with captions or with classes, in the layout of CLIP_benchmark.
+TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},
+         "cls": {"classnames.txt": list(map(" ".join, PAIRS)), "zeroshot_classification_templates.txt":
+                 [template.format(x="a {c}") for template in ONE if "{b}" not in template]}}
+
+# Shapes have corners (angles in degrees, distances from the center), or are a disc and perhaps a hole in it.
 OUTLINES = {"square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
             "star": (np.arange(10) * 36 - 90, [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
             "cross": (np.add.outer(np.arange(4) * 90, [-17, 17, 45]).ravel(), [1, 1, 0.42] * 4)}
+DISCS = {"circle": [(0, 1)], "ring": [(0, 1), (0, 0.55)], "crescent": [(0, 1), (0.5, 0.75)]}  # shift, radius
 
 def pick(rng, options):
     """One of the options, uniformly (rng.choice does the same, many times slower)."""
@@ -728,54 +666,49 @@ def draw_shape(shape, x, y, r, turn):
     if shape in OUTLINES:
         angles, radii = OUTLINES[shape]
         points = r * np.multiply(radii, np.exp(1j * np.radians(np.add(angles, turn)))) + x + 1j * y
-        draw.polygon(np.stack([points.real, points.imag], axis=1).ravel().tolist(), fill=255)
-    else:
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        hole = {"circle": 0, "ring": 0.55 * r, "crescent": 0.75 * r}[shape]
-        x += 0.5 * r * (shape == "crescent")
-        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0 if hole else 255)
+        draw.polygon(points.view(float).tolist(), fill=255)  # x, y, x, y, ...
+    for (shift, radius), fill in zip(DISCS.get(shape, ()), (255, 0)):
+        draw.circle((x + shift * r, y), radius * r, fill)
     return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
-def draw_scene(rng, pairs=None, full=False):
-    """(RGB image, caption) of these one or two (colour, shape) pairs; by default of SEEN ones, by chance. Two
-    objects lie in different halves. full: the caption leaves nothing out (sizes, relation, background)."""
-    if pairs is None:
-        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
-        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
-    kind, relation, names, S = pick(rng, tuple(BACKGROUNDS)), pick(rng, tuple(RELATIONS)), [], SCENE_SIZE
-    pixels, side = draw_background(rng, kind), 1 if relation in ("right of", "below") else -1
+def draw_scene(rng, pairs, full=False):
+    """(RGB image, caption) of these one or two (colour, shape) pairs. Two objects lie in different halves.
+    full: the caption leaves nothing out (sizes, relation, background)."""
+    (kind, backgrounds), (axis, side, relations) = pick(rng, BACKGROUNDS), pick(rng, RELATIONS)
+    pixels, names, S = draw_background(rng, kind), [], SCENE_SIZE
     for colour, shape in pairs:
-        size = pick(rng, tuple(RADII))
-        r = S * rng.uniform(*RADII[size]) * (0.62 if len(pairs) == 2 else 1)
-        room = S / 2 - r - 1                         # how far the center may be from the middle
+        size, least, most = pick(rng, RADII)
+        r = S * rng.uniform(least, most) * (0.62 if len(pairs) == 2 else 1)
+        room = S / 2 - r - 1              # how far the center may be from the middle
         center = rng.uniform(-room, room, 2)
-        if len(pairs) == 2:                          # in a half of its own: at least r from the middle line
-            center[int(relation in ("above", "below"))] = side * rng.uniform(min(r, room), room)
+        if len(pairs) == 2:               # in a half of its own: at least r from the middle line
+            center[axis] = side * rng.uniform(min(r, room), room)
             side = -side
         cover = draw_shape(shape, *(center + S / 2), r, rng.uniform(-15, 15))
         grain = rng.uniform(-60, 60, (S, S, 1)) + rng.uniform(-15, 15, (S, S, 3))
         pixels = pixels + cover * (COLOURS[colour] + grain - pixels)
         names.append(f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}")
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    template = pick(rng, FULL if full else ONE if len(pairs) == 1 else TWO)
-    return image, template.format(x=names[0], y=names[-1], r=pick(rng, RELATIONS[relation]),
-                                  b=pick(rng, BACKGROUNDS[kind]))
+    template = pick(rng, FULL if full else (ONE, TWO)[len(pairs) - 1])
+    caption = template.format(x=names[0], y=names[-1], r=pick(rng, relations), b=pick(rng, backgrounds))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), caption
 
 def demo_sample(split, index):
-    """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen."""
-    # The split is part of the seed, so no two splits share a random stream and no test scene is a training
-    # scene.
-    rng, pairs, label = np.random.default_rng([0, list(SPLITS).index(split), index]), None, None
-    if split in ("seen", "unseen"):
-        among = SEEN if split == "seen" else UNSEEN
-        pairs = [among[index % len(among)]]
-        label = PAIRS.index(pairs[0])
+    """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen.
+    It depends on split and index alone."""
+    # The split is part of the seed: no two splits share a random stream, and no test scene is a training one.
+    rng = np.random.default_rng([0, list(SPLITS).index(split), index])
+    classes = {"seen": SEEN, "unseen": UNSEEN}.get(split)
+    if classes:
+        pairs = [classes[index % len(classes)]]
     elif split == "retrieval":
         pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+    else:
+        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
+        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
     image, caption = draw_scene(rng, pairs, full=split == "retrieval")
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
-    return jpeg.getvalue(), caption if label is None else label
+    return jpeg.getvalue(), PAIRS.index(pairs[0]) if classes else caption
 
 def make_demo(folder):
     """Draws the demo data: train/ as shards, the rest as evaluation folders. Does nothing if it is there."""
@@ -790,15 +723,11 @@ def make_demo(folder):
         if split == "train":
             write_shards(target, samples)
             continue
-        texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")]}
-        texts |= {"dataset_type.txt": ["retrieval"]} if kind == "txt" else {
-            "classnames.txt": map(" ".join, PAIRS), "zeroshot_classification_templates.txt":
-            [template.format(x="a {c}") for template in ONE if "{b}" not in template]}
+        texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")], **TEXTS[kind]}
         for name, lines in texts.items():
             with open(os.path.join(target, name), "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
     os.replace(part, folder)  # under its name only when whole
-
 
 # -----------------------------------------------------------------------------
 # Main.
@@ -811,8 +740,7 @@ def main():
     pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
     pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
     pack.add_argument("--shard-size", type=int, default=10_000, help="samples per shard (default: 10000)")
-    demo = commands.add_parser("demo", help="draw the demo data set")
-    demo.add_argument("out", help="folder to make")
+    commands.add_parser("demo", help="draw the demo data set").add_argument("out", help="folder to make")
     options = parser.parse_args()
     try:
         if options.command == "demo":
