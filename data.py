@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -311,9 +310,8 @@ def random_box(width, height, scale, rng):
 def crops(image, boxes, size):
     """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
     A JPEG that is not loaded yet is decoded no larger than needed."""
-    # A JPEG's decoder can leave out high frequencies, and gives a half, quarter or eighth of the size sooner.
-    # If the resize still shrinks that to two thirds or less, photographs lose no more by it than by being
-    # saved once more at quality 90.
+    # A JPEG decodes sooner to a half, quarter or eighth of its size. Where the resize still shrinks that to
+    # two thirds or less, photographs lose no more by it than by being saved once more at quality 90.
     width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
@@ -440,9 +438,8 @@ class Tokenizer:
         """CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something else."""
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
-                lines = file.read().splitlines()
-            # CLIP skips the line of the version, and takes as many merges as make 49,408 ids with the others.
-            merges = lines[1:49408 - 512 - 2 + 1]
+                # A line of version, then the merges: CLIP takes as many as make 49,408 ids with the others.
+                merges = file.read().splitlines()[1:49408 - 512 - 2 + 1]
             if not merges or any(len(line.split()) != 2 for line in merges):
                 raise ValueError("not a list of two symbols a line")
         except Exception as error:  # OSError, EOFError, zlib.error ...
@@ -632,8 +629,6 @@ ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing 
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
-
-# The texts of an evaluation folder with captions or with classes, in the layout of CLIP_benchmark.
 TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},
          "cls": {"classnames.txt": list(map(" ".join, PAIRS)), "zeroshot_classification_templates.txt":
                  [template.format(x="a {c}") for template in ONE if "{b}" not in template]}}
@@ -672,8 +667,7 @@ def draw_shape(shape, x, y, r, turn):
     return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
 def draw_scene(rng, pairs, full=False):
-    """(RGB image, caption) of these one or two (colour, shape) pairs. Two objects lie in different halves.
-    full: the caption leaves nothing out (sizes, relation, background)."""
+    """(RGB image, caption) of one or two (colour, shape) pairs. full: the caption leaves nothing out."""
     (kind, backgrounds), (axis, side, relations) = pick(rng, BACKGROUNDS), pick(rng, RELATIONS)
     pixels, names, S = draw_background(rng, kind), [], SCENE_SIZE
     for colour, shape in pairs:
@@ -693,8 +687,7 @@ def draw_scene(rng, pairs, full=False):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), caption
 
 def demo_sample(split, index):
-    """(JPEG bytes, caption) for the splits train and retrieval, (JPEG bytes, label) for seen and unseen.
-    It depends on split and index alone."""
+    """(JPEG bytes, caption) of scene `index` of train or retrieval, (JPEG bytes, label) of seen or unseen."""
     # The split is part of the seed: no two splits share a random stream, and no test scene is a training one.
     rng = np.random.default_rng([0, list(SPLITS).index(split), index])
     classes = {"seen": SEEN, "unseen": UNSEEN}.get(split)
@@ -711,11 +704,10 @@ def demo_sample(split, index):
     return jpeg.getvalue(), PAIRS.index(pairs[0]) if classes else caption
 
 def make_demo(folder):
-    """Draws the demo data: train/ as shards, the rest as evaluation folders. Does nothing if it is there."""
+    """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it is there."""
     if os.path.isdir(folder):
         return
     part = folder + ".part"
-    shutil.rmtree(part, ignore_errors=True)
     for split, number in SPLITS.items():
         kind, target = "cls" if split in ("seen", "unseen") else "txt", os.path.join(part, split)
         scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
