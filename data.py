@@ -11,7 +11,6 @@ import gzip
 import heapq
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -391,11 +391,11 @@ def learn_merges(captions, num_merges, progress=False):
     none that occurs once."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
-    # A word is a text such as " c  a  t</w> ": to merge c and a is to replace " c  a " by " ca ".
+    # A word is a text such as " c  a  t</w> ", with spaces around each symbol. A merge makes " c  a " " ca ".
     words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
     pair_count, places = Counter(), defaultdict(set)   # of a pair: how often it occurs, and in which words
     for number, word in enumerate(words):
-        for pair in itertools.pairwise(word.split()):
+        for pair in pairwise(word.split()):
             pair_count[pair] += times[number]
             places[pair].add(number)
     heap = [(-count, pair) for pair, count in pair_count.items()]
@@ -410,10 +410,10 @@ def learn_merges(captions, num_merges, progress=False):
         merges.append(" ".join(pair))
         joined, grown = "".join(pair), set()
         for number in places.pop(pair):
-            for old in itertools.pairwise(words[number].split()):
+            for old in pairwise(words[number].split()):
                 pair_count[old] -= times[number]
             words[number] = words[number].replace(" %s  %s " % pair, f" {joined} ")
-            for new in itertools.pairwise(words[number].split()):
+            for new in pairwise(words[number].split()):
                 pair_count[new] += times[number]
                 if joined in new:
                     places[new].add(number)
@@ -449,10 +449,10 @@ class Tokenizer:
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
         """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
-        word = f" {'  '.join(word)}</w> "
+        word = f" {'  '.join(word)}</w> "  # as in learn_merges
         while True:
             symbols = word.split()
-            pair = min(itertools.pairwise(symbols), key=lambda pair: self.rank.get(pair, 1e9), default=None)
+            pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf), default=None)
             if pair not in self.rank:
                 return [self.ids[symbol] for symbol in symbols]
             word = word.replace(" %s  %s " % pair, " %s%s " % pair)
@@ -544,9 +544,10 @@ def captions(shard, row):
     try:
         found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         found = json.loads(found)["caption"] if row["json"] else found
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        utf8 = not isinstance(error, UnicodeDecodeError)
-        raise ValueError("no caption in the json" if utf8 else "caption is not UTF-8") from None
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("no caption in the json") from None
     lines = found.splitlines() if isinstance(found, str) else found
     lines = lines if isinstance(lines, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
@@ -567,7 +568,7 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
     """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on. Returns how many shards."""
     os.makedirs(folder, exist_ok=True)
     shard = -1
-    for shard, part in itertools.groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
+    for shard, part in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
         with (write_whole(os.path.join(folder, name.format(shard))) as file,
               tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar):
             for number, files in part:
@@ -590,7 +591,7 @@ def read_caption_list(path):
 def list_samples(path):
     """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of
     the same image that follow each other are one sample. ValueError that names a bad line."""
-    for image, lines in itertools.groupby(read_caption_list(path), key=lambda line: line[1]):
+    for image, lines in groupby(read_caption_list(path), key=lambda line: line[1]):
         numbers, _, texts = zip(*lines)
         extension = image.rpartition(".")[2].lower()
         if extension not in IMAGE_EXTENSIONS:
@@ -629,7 +630,7 @@ ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing 
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
-TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},
+TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},  # the files of a folder with captions, and with classes
          "cls": {"classnames.txt": list(map(" ".join, PAIRS)), "zeroshot_classification_templates.txt":
                  [template.format(x="a {c}") for template in ONE if "{b}" not in template]}}
 
