@@ -1,4 +1,4 @@
-"""The promises of this project, one behaviour a test, in the order of the code: clip_pgs.py, data.py, evaluate.py.
+"""The promises of this project, one behaviour a test, in the order of the code.
 
     pytest -q                        everything: a minute or two on 2 CPU cores, no GPU, no network, no data
     pytest -q -k "mask or sinkhorn"  a part of it
@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from itertools import pairwise
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU computes in bf16: nothing would be equal to the last digit
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU computes in bf16: nothing would be exactly equal
 
 import numpy as np
 import pytest
@@ -44,7 +44,6 @@ from clip_pgs import CLIP, MASKS, Config, make_mask, patch_similarity, sinkhorn,
 torch.set_num_threads(1)  # tiny tensors, and the processes started here use one thread, too
 HERE = os.path.dirname(os.path.abspath(__file__))
 CPU = torch.device("cpu")
-
 
 # -----------------------------------------------------------------------------
 # What the tests are made of: a tiny model, numbers, pictures, shards.
@@ -85,21 +84,16 @@ def picture(size=32, background=(90, 100, 110)):
     return image
 
 def scene(seed, size=224):
-    """A sky that fades, a meadow with grain, a house and a ball with inner detail: as smooth and rough as photographs."""
+    """A sky that fades, a meadow with grain, twenty discs and boxes: as smooth and as rough as photographs."""
     rng, y = np.random.default_rng(seed), np.linspace(0, 1, size)[:, None, None]
-    blobs = Image.fromarray(rng.normal(0, 1, (size // 8, size // 8)).astype(np.float32))
-    blobs = np.asarray(blobs.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    grain = Image.fromarray(rng.normal(0, 1, (size // 8, size // 8)).astype(np.float32))
+    grain = np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC))[..., None]
     sky, meadow = (1 - y) * rng.uniform(90, 220, 3) + y * rng.uniform(140, 250, 3), rng.uniform(60, 140, 3)
-    horizon = size * rng.integers(8, 11) // 14
-    pixels = np.where(np.arange(size)[:, None, None] < horizon, sky + 2 * blobs, meadow + 25 * blobs)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    draw, (house, ball) = ImageDraw.Draw(image), rng.integers(0, 256, (2, 3)).tolist()
-    left, width, x, r = (int(rng.integers(*limits)) for limits in ((10, 100), (40, 80), (120, 190), (20, 34)))
-    draw.rectangle((left, horizon - width, left + width, horizon + 20), fill=tuple(house))
-    draw.ellipse((x - r, horizon - 20 - r, x + r, horizon - 20 + r), fill=tuple(ball))
-    for step in range(0, width, 16):
-        draw.rectangle((left + step + 4, horizon - width + 8, left + step + 10, horizon - width + 24), fill="black")
-        draw.line((x - r + step, horizon - 30, x - r + step + 6, horizon - 10), fill="white", width=3)
+    image = Image.fromarray(np.where(y < 0.6, sky + 2 * grain, meadow + 25 * grain).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for kind in ("ellipse", "rectangle") * 10:
+        left, top, width, height = rng.integers((0, 60, 12, 12), (200, 160, 60, 60)).tolist()
+        getattr(draw, kind)((left, top, left + width, top + height), fill=tuple(rng.integers(0, 256, 3).tolist()))
     return image
 
 def for_model(image):
@@ -113,7 +107,7 @@ def two_colours(size=16, split=6):
     return image
 
 KINDS = {"noise": noise_images(1), "constant": for_model(Image.new("RGB", (16, 16), (13, 130, 77))),
-         "zero": torch.zeros(1, 3, 16, 16), "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
+         "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
 each_mask = pytest.mark.parametrize("mask", MASKS)
 
 def masked(name, images, ratio, seed=0, **options):
@@ -172,7 +166,6 @@ def labelled(count):
     return [{"jpg": noise_image(number, 40, 32, format="JPEG"), "cls": str(number % 3).encode()}
             for number in range(count)]
 
-
 # -----------------------------------------------------------------------------
 # Config and command line.
 
@@ -208,14 +201,12 @@ def patches_by_loop(image, P):
     image = image.double().numpy()
     return [image[:, y:y + P, x:x + P] for y in range(0, image.shape[1], P) for x in range(0, image.shape[2], P)]
 
-def test_similarity_is_the_cosine_of_patches_of_zero_mean():
-    images = noise_images(2, 8, 20)
-    for image, S in zip(images, patch_similarity(images, 4)):
-        patches = [p - p.mean() for p in patches_by_loop(image, 4)]
-        for i, a in enumerate(patches):
-            for j, b in enumerate(patches):
-                cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
-                assert S[i, j].item() == pytest.approx(cosine, abs=1e-5)
+def test_similarity_mixes_the_cosine_of_patches_of_zero_mean_with_that_of_embeddings():
+    images, embeddings = noise_images(2, 8, 20), torch.randn(2, 10, 5, generator=seeded())
+    for image, x, S in zip(images, embeddings.numpy(), patch_similarity(images, 4, embeddings, alpha=0.25)):
+        z = np.stack([(p - p.mean()).ravel() for p in patches_by_loop(image, 4)])
+        z, x = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (z, x))
+        assert S.numpy() == pytest.approx(0.75 * z @ z.T + 0.25 * x @ x.T, abs=1e-5)
 
 def test_flat_grey_patches_are_similar_to_each_other_and_not_to_the_others():
     images = noise_images(1)
@@ -231,24 +222,16 @@ def test_embeddings_are_what_enters_the_first_layer_before_its_norm():
     assert visual.ln_pre(visual.patch_tokens(images)).allclose(visual.embed(images)[:, 1:], atol=1e-5)
     assert visual.patch_tokens(images, keep).allclose(expected.take_along_dim(keep[..., None], 1), atol=1e-5)
 
-def test_alpha_mixes_the_similarity_of_pixels_with_that_of_embeddings():
-    images, embeddings = noise_images(2), torch.randn(2, 16, 5, generator=seeded())
-    z = embeddings / embeddings.norm(dim=-1, keepdim=True)
-    expected = 0.75 * patch_similarity(images, 4) + 0.25 * z @ z.mT
-    assert patch_similarity(images, 4, embeddings, alpha=0.25).allclose(expected, atol=1e-6)
-
 def edges_by_loop(image, P):
     """Sobel by hand on one normalised (3, H, W) image: luminance in float64, borders repeated."""
-    weights = np.array((0.299, 0.587, 0.114))
     colour = image.double().numpy() * np.reshape(data.STD, (3, 1, 1)) + np.reshape(data.MEAN, (3, 1, 1))
-    y = np.pad(np.tensordot(weights, colour, 1), 1, mode="edge")
-    right, left = (y[:-2, c] + 2 * y[1:-1, c] + y[2:, c] for c in (slice(2, None), slice(None, -2)))
-    below, above = (y[r, :-2] + 2 * y[r, 1:-1] + y[r, 2:] for r in (slice(2, None), slice(None, -2)))
-    magnitude = torch.tensor(np.hypot(right - left, below - above))[None]
-    edges = np.array([p.mean() for p in patches_by_loop(magnitude, P)])
+    y = np.pad(np.tensordot((0.299, 0.587, 0.114), colour, 1), 1, mode="edge")
+    smooth_x, smooth_y = y[:, :-2] + 2 * y[:, 1:-1] + y[:, 2:], y[:-2] + 2 * y[1:-1] + y[2:]
+    magnitude = np.hypot(smooth_y[:, 2:] - smooth_y[:, :-2], smooth_x[2:] - smooth_x[:-2])
+    edges = np.array([p.mean() for p in patches_by_loop(torch.tensor(magnitude)[None], P)])
     return (edges - edges.min()) / (edges.max() - edges.min())
 
-@pytest.mark.parametrize("images", [noise_images(1, 8, 20), KINDS["drawn"]], ids=["noise", "drawn"])
+@pytest.mark.parametrize("images", [noise_images(1, 8, 20), KINDS["two colours"]])
 def test_edges_equal_sobel_s_filter_by_hand(images):
     assert sobel_edges(images, 4)[0].numpy() == pytest.approx(edges_by_loop(images[0], 4), abs=1e-5)
 
@@ -256,15 +239,11 @@ def test_edges_equal_sobel_s_filter_by_hand(images):
 def test_an_image_of_one_colour_has_no_edges(colour):
     assert sobel_edges(for_model(Image.new("RGB", (20, 12), colour)), 4).eq(0).all()
 
-def test_edges_are_highest_where_the_image_changes():
-    edges = sobel_edges(for_model(two_colours(split=8)), 4).view(4, 4)  # half black: the two middle columns
-    assert edges[:, 1:3].allclose(torch.tensor(1.0)) and edges[:, [0, 3]].max() < 1e-6
-
 # -----------------------------------------------------------------------------
 # Masks: optimal transport.
 
-def alternating_sinkhorn(S, eps=0.05, tolerance=1e-7):
-    """Rows and columns normalised in turns, in float64, until almost nothing moves."""
+def alternating_sinkhorn(S, eps=0.05, tolerance=1e-9):
+    """Rows and columns normalised in turns, in float64, until nothing moves."""
     plan, before = (S.double() / eps).exp(), 0
     while torch.as_tensor(plan - before).abs().max() > tolerance:
         before = plan
@@ -276,9 +255,8 @@ SIGNS = torch.tensor([1.0] * 13 + [-1.0] * 3)
 REPEATED = F.normalize(torch.randn(16, 4, generator=seeded()), dim=1)[[0] * 7 + [1] * 3 + [2, 3, 4, 5, 6, 7]]
 
 @pytest.mark.parametrize("S", [
-    patch_similarity(KINDS["noise"], 4), patch_similarity(KINDS["drawn"], 4), torch.eye(16)[None],
-    torch.outer(SIGNS, SIGNS)[None], (REPEATED @ REPEATED.T)[None]],
-    ids=["noise", "drawn", "identity", "unequal halves", "repeated rows"])
+    patch_similarity(KINDS["drawn"], 4), torch.outer(SIGNS, SIGNS)[None], (REPEATED @ REPEATED.T)[None]],
+    ids=["drawn", "unequal halves", "repeated rows"])
 def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
     assert sinkhorn(S).double().allclose(alternating_sinkhorn(S), atol=1e-4, rtol=0)
 
@@ -297,11 +275,11 @@ def test_the_highest_scores_go_as_many_as_are_above_one_half_within_the_range(lo
     rng, noise = random.Random(0), torch.rand(4, 20, generator=seeded())
     score = torch.tensor([[rng.randint(0, 10) / 10 + bias for _ in range(20)] for bias in (-0.3, 0, 0.1, 0.4)])
     keep, valid = clip_pgs.remove(score, (low, high), noise)
-    for row in range(4):
-        n = min(max(sum(s > 0.5 for s in score[row].tolist()), round(20 * low)), round(20 * high))
-        order = sorted(range(20), key=lambda i: (score[row, i].item(), noise[row, i].item()), reverse=True)
-        kept = keep[row] if valid is None else keep[row][valid[row]]
-        assert kept.tolist() == sorted(order[n:]) and (valid is None or valid[row, :len(kept)].all())
+    for row, scores in enumerate(score.tolist()):
+        n = min(max(sum(s > 0.5 for s in scores), round(20 * low)), round(20 * high))
+        order = sorted(range(20), key=lambda i: (scores[i], noise[row, i].item()), reverse=True)
+        assert keep[row, :20 - n].tolist() == sorted(order[n:])
+        assert (20 - round(20 * low) if valid is None else valid[row, :20 - n].sum()) == 20 - n
 
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize("ratio, size, kept", [(0.3, (16, 16), 11), (0.75, (8, 20), 2), (0.99, (4, 12), 1)])
@@ -309,18 +287,10 @@ def test_one_ratio_removes_exactly_that_share_of_every_image(mask, ratio, size, 
     keep, valid = masked(mask, noise_images(3, *size), (ratio,))
     assert keep.shape == (3, kept) and valid is None
 
-def test_none_keeps_everything():
-    keep, valid = masked("none", noise_images(2), (0.5,))
-    assert keep.tolist() == [list(range(16))] * 2 and valid is None
-
-def test_a_random_range_draws_every_number_in_it():
-    _, valid = masked("random", noise_images(400), (0.25, 0.5))
-    counts = Counter((16 - valid.sum(1)).tolist())
-    assert sorted(counts) == [4, 5, 6, 7, 8] and min(counts.values()) > 400 / 5 / 2
-
-def test_random_keeps_every_patch_equally_often():
-    share = masked("random", noise_images(2000), (0.5,))[0].flatten().bincount(minlength=16) / 2000
-    assert share.sub(0.5).abs().max() < 5 * math.sqrt(0.25 / 2000)      # five standard deviations
+def test_random_keeps_every_patch_equally_often_and_draws_every_number_in_its_range():
+    keep, valid = masked("random", noise_images(2000), (0.25, 0.5))
+    assert (keep[valid].bincount() / 2000).sub(0.625).abs().max() < 0.06
+    assert (valid.sum(1).bincount()[8:] / 2000).sub(1 / 5).abs().max() < 0.05           # 8 to 12 stay
 
 def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
     share = masked("center", noise_images(4000, 24, 24), (0.5,))[0].flatten().bincount(minlength=36) / 4000
@@ -330,20 +300,11 @@ def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
         count[np.argsort(rng.random(36) + density.ravel())[18:]] += 1
     assert share.sub(torch.tensor(count / 4000)).abs().max() < 0.05
 
-def blocks_by_loop(attention):
-    """(16,) -> the mean over each patch's 2x2 block of a 4x4 grid."""
-    blocks = attention.view(4, 4).unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3))
-    return [blocks[i // 8, i % 4 // 2].item() for i in range(16)]
-
 def test_attentive_keeps_the_blocks_with_the_highest_attention():
     attention = torch.rand(3, 16, generator=seeded())
+    blocks = attention.view(3, 2, 2, 2, 2).mean((2, 4), keepdim=True).expand(3, 2, 2, 2, 2).flatten(1)
     keep, _ = masked("attentive", noise_images(3), (0.5,), attention=attention)
-    assert keep.tolist() == [sorted(np.argsort(blocks_by_loop(row), kind="stable")[8:]) for row in attention]
-
-def test_attentive_ranks_single_patches_where_the_grid_is_odd():
-    attention = torch.rand(3, 15, generator=seeded())
-    keep, _ = masked("attentive", noise_images(3, 12, 20), (0.4,), attention=attention)
-    assert keep.equal(attention.argsort(1)[:, 6:].sort(1).values)
+    assert keep.equal(blocks.argsort(1)[:, 8:].sort(1).values)
 
 def test_attentive_splits_at_most_one_block():
     keep, _ = make_mask("attentive", torch.zeros(20, 3, 224, 224), (0.3,), seeded(), attention=torch.ones(20, 196))
@@ -351,8 +312,7 @@ def test_attentive_splits_at_most_one_block():
     assert (kept % 4 > 0).sum((1, 2)).max() <= 1
 
 def test_attentive_with_a_range_removes_blocks_that_get_less_than_an_even_share():
-    attention = torch.full((1, 16), 1 / 28)
-    attention[0, [0, 1, 4, 5]] = 4 / 28                                 # one block of four is above the mean
+    attention = torch.tensor([[4.0, 4, 1, 1] * 2 + [1] * 8])            # one block of four is above the mean
     keep, valid = masked("attentive", noise_images(1), (0.0, 0.9), attention=attention)
     assert keep[valid].tolist() == [0, 1, 4, 5]
 
@@ -377,7 +337,7 @@ def test_pgs_removes_what_is_most_similar_to_a_candidate(scenes, transport):
     images, noise = scenes["images"][:3], scenes["noise"][:3]
     keep, _ = make_mask("pgs", images, (0.5,), noise=noise, transport=transport)
     S = patch_similarity(images).double()
-    score = 1 + 0.05 * alternating_sinkhorn(S).log() if transport else S
+    score = 1 + 0.05 * alternating_sinkhorn(S, tolerance=1e-7).log() if transport else S
     for row in range(3):                                                # 5 % of 196 patches: ten candidates
         candidates = np.argsort(edges_by_loop(images[row], 16) - noise[row, :196].numpy())[:10]
         removed = score[row, candidates].amax(0) + 1e-5 * noise[row, :196]
@@ -402,27 +362,17 @@ def test_every_switch_changes_the_mask_of_a_picture(scenes, mask, switch, least)
 
 def test_blocks_change_the_mask_of_a_picture(scenes):
     single = scenes["attention"].argsort(1, descending=True)[:, :98]    # the patches that rank alone would keep
-    assert patches_changed(make_mask("attentive", **scenes)[0], single) > 8
-
-def test_pgs_keeps_more_edges_than_random_does(scenes):
-    edges = sobel_edges(scenes["images"])
-    kept = {mask: (edges.gather(1, make_mask(mask, **scenes | dict(alpha=0.0))[0]).sum() / edges.sum()).item()
-            for mask in ("pgs", "random")}
-    assert kept["random"] == pytest.approx(0.5, abs=0.03) and kept["pgs"] > 0.65
+    assert patches_changed(make_mask("attentive", **scenes)[0], single) > 10
 
 @each_mask
 def test_a_mask_does_not_depend_on_the_other_images_in_the_batch(mask):
-    images, noise = torch.cat([*KINDS.values()]), torch.rand(5, 17, generator=seeded())
-    attention, embeddings = torch.rand(5, 16, generator=seeded(1)), torch.randn(5, 16, 8, generator=seeded(2))
-
-    def mask_of(rows):
-        return make_mask(mask, images[rows], (0.3, 0.7), patch_size=4, noise=noise[rows], alpha=0.3,
-                         embeddings=embeddings[rows], attention=attention[rows])
-
-    keep, valid = mask_of(slice(None))
-    for i in range(5):
-        alone, real = mask_of([i])
-        assert alone[0].equal(keep[i]) and (valid is None or real[0].equal(valid[i]))
+    images, noise = torch.cat([*KINDS.values()]), torch.rand(4, 17, generator=seeded())
+    embeddings, attention = (torch.rand(4, 16, *size, generator=seeded(1)) for size in ((8,), ()))
+    together, *alone = (make_mask(
+        mask, images[rows], (0.3, 0.7), patch_size=4, noise=noise[rows], embeddings=embeddings[rows], alpha=0.3,
+        attention=attention[rows]) for rows in ([0, 1, 2, 3], [0], [1], [2], [3]))
+    assert together[0].equal(torch.cat([keep for keep, _ in alone]))
+    assert mask == "none" or together[1].equal(torch.cat([valid for _, valid in alone]))
 
 def test_the_same_generator_makes_the_same_mask_also_under_autocast_and_another_one_another():
     first = masked("pgs", noise_images(4), (0.5,))[0]
@@ -442,15 +392,8 @@ def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
     keep, _ = mine.make_mask("bright", noise_images(2), (0.5,), patch_size=4)
     assert keep.equal(clip_pgs.patchify(noise_images(2), 4).mean(-1).argsort(1)[:, :8].sort(1).values)
 
-@pytest.mark.parametrize("mask, ratio, options, says", [
-    ("dropout", (0.5,), {}, "none, random, center, cluster, attentive, pgs"), ("random", (1.0,), {}, "--ratio"),
-    ("attentive", (0.5,), dict(attention=None), "EMA"), ("pgs", (0.5,), dict(patch_size=5), "16x16")])
-def test_what_no_mask_can_be_made_of_is_refused(mask, ratio, options, says):
-    with pytest.raises(ValueError, match=says):
-        masked(mask, noise_images(1), ratio, **options)
-
 # -----------------------------------------------------------------------------
-# Model.
+# Model and teacher.
 
 def test_vit_b_16_has_as_many_parameters_as_open_clip_s():
     with torch.device("meta"):
@@ -467,20 +410,19 @@ def test_parameters_have_open_clip_s_names():
     assert sorted(CLIP(tiny()).state_dict()) == sorted(text + [f"visual.{name}" for name in visual])
 
 def test_quick_gelu_is_x_times_sigmoid_of_1_702_x():
-    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    expected = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
-    block = CLIP(tiny(quick_gelu=True)).visual.transformer.resblocks[0]
-    assert block.mlp.gelu(x).tolist() == pytest.approx(expected, rel=1e-12)
+    x, block = torch.linspace(-4, 4, 9), CLIP(tiny(quick_gelu=True)).visual.transformer.resblocks[0]
+    assert block.mlp.gelu(x).allclose(x / (1 + (-1.702 * x).exp()))
 
-def test_a_block_equals_pytorch_s_own_transformer_layer():
-    block = random_clip(tiny()).visual.transformer.resblocks[0]
+def test_a_block_equals_pytorch_s_own_transformer_layer_also_a_causal_one():
+    block, x = random_clip(tiny()).visual.transformer.resblocks[0], torch.randn(2, 5, 128, generator=seeded())
     layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, "gelu", batch_first=True, norm_first=True)
     names = {"attn.": "self_attn.", "ln_1": "norm1", "ln_2": "norm2", "mlp.c_fc": "linear1", "mlp.c_proj": "linear2"}
     for name, p in block.named_parameters():
         ours = next(prefix for prefix in names if name.startswith(prefix))
         layer.get_parameter(name.replace(ours, names[ours], 1)).data.copy_(p)
-    x = torch.randn(2, 5, 128, generator=seeded())
     assert block(x).allclose(layer(x), atol=1e-5)
+    later = torch.nn.Transformer.generate_square_subsequent_mask(5)
+    assert block(x, causal=True).allclose(layer(x, later), atol=1e-5)
 
 def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
     clip, images, keep = random_clip(tiny()), noise_images(2), torch.tensor([[0, 1, 2, 3, 4, 6, 9, 15]] * 2)
@@ -489,38 +431,20 @@ def test_features_do_not_depend_on_the_pixels_of_a_removed_patch():
     assert clip.encode_image(changed, keep).equal(clip.encode_image(images, keep))
     assert not clip.encode_image(changed).allclose(clip.encode_image(images))
 
-def ragged(B):
-    """A model, images, and between 1 and 12 of their 16 patches: keep, valid."""
-    keep = torch.rand(B, 16, generator=seeded()).argsort(1)[:, :12]
-    valid = torch.arange(12) < torch.randint(1, 13, (B, 1), generator=seeded())
-    return random_clip(tiny()), noise_images(B), keep, valid
-
 def test_padded_slots_change_neither_the_features_nor_the_gradients():
-    clip, images, keep, valid = ragged(8)
-    weight, parameters = torch.randn(8, 16, generator=seeded()), [*clip.visual.parameters()]
+    clip, images, weight = random_clip(tiny()), noise_images(8), torch.randn(8, 16, generator=seeded())
+    keep, parameters = torch.rand(8, 16, generator=seeded()).argsort(1)[:, :12], [*clip.visual.parameters()]
+    valid = torch.arange(12) < torch.randint(1, 13, (8, 1), generator=seeded())
     alone = torch.cat([clip.encode_image(images[i:i + 1], keep[i:i + 1, valid[i]]) for i in range(8)])
     padded = clip.encode_image(images, keep, valid)
     assert padded.allclose(alone, atol=1e-5)
     grads, expected = (torch.autograd.grad((x * weight).sum(), parameters) for x in (padded, alone))
     assert all(ours.allclose(theirs, atol=1e-4) for ours, theirs in zip(grads, expected))
 
-def test_padding_is_not_computed():
-    clip, images, keep, valid = ragged(20)
-    tokens, computed = random_tokens(20), []
-    for tower in (clip.visual.transformer, clip.transformer):
-        tower.resblocks[0].mlp.register_forward_hook(lambda mlp, inputs, x: computed.append(len(x.flatten(0, -2))))
-    clip(images, tokens, keep, valid)
-    assert computed == [valid.sum() + 20, tokens.ne(0).sum()]           # a class token per image
-
-def test_a_caption_s_feature_depends_on_all_before_its_end_and_on_nothing_after_it():
-    clip, tokens = random_clip(tiny()), random_tokens(6)
-    filled = tokens.where(tokens != 0, torch.randint(1, 500, tokens.shape, generator=seeded()))
-    assert clip.encode_text(filled).allclose(clip.encode_text(tokens), atol=1e-5)
-    caption = torch.tensor([[598, 1, 2, 3, 599, 0]])
-    for place in range(1, 4):
-        changed = caption.clone()
-        changed[0, place] = 77
-        assert not clip.encode_text(changed).allclose(clip.encode_text(caption), atol=1e-4)
+def test_a_caption_s_feature_depends_on_its_tokens_up_to_the_end_and_on_nothing_after_it():
+    clip = random_clip(tiny())
+    clip.encode_text(torch.tensor([[598, 1, 2, 3, 599, 7, 0]])).sum().backward()
+    assert clip.token_embedding.weight.grad.any(1).nonzero().flatten().tolist() == [1, 2, 3, 598, 599]
 
 def test_captions_encoded_together_get_the_features_of_each_alone():
     clip, tokens = random_clip(tiny()), random_tokens(20)
@@ -534,9 +458,6 @@ def test_positions_are_stretched_as_an_image_would_be():
     grid = torch.randn(1, 8, 4, 4, generator=seeded())
     expected = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True).flatten(2)[0].T
     assert clip_pgs.resize_positions(grid.flatten(2)[0].T, 36).equal(expected)
-
-# -----------------------------------------------------------------------------
-# Teacher.
 
 def class_attention_by_brute_force(visual, images):
     """Full softmax maps of every layer and head in float64; of those the class token's row."""
@@ -571,19 +492,18 @@ def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progr
     assert all(e.allclose(x, atol=1e-7) for e, x in zip(ema.parameters(), expected))
 
 # -----------------------------------------------------------------------------
-# Loss.
+# Losses.
 
 def features(B=6, E=4):
     return [torch.randn(B, E, dtype=torch.float64, generator=seeded(i), requires_grad=True) for i in (0, 1)]
 
 def loss_by_loop(images, texts, scale):
     """Symmetric cross entropy as two nested loops over pairs."""
-    B, total = len(images), 0.0
     cosine = [[(i @ t / i.norm() / t.norm()).item() * scale for t in texts] for i in images]
-    for a in range(B):
-        total += math.log(sum(math.exp(cosine[a][b]) for b in range(B))) - cosine[a][a]
-        total += math.log(sum(math.exp(cosine[b][a]) for b in range(B))) - cosine[a][a]
-    return total / (2 * B)
+    total = 0.0
+    for a, row in enumerate(cosine):
+        total += math.log(sum(map(math.exp, row))) + math.log(sum(math.exp(r[a]) for r in cosine)) - 2 * row[a]
+    return total / (2 * len(images))
 
 def test_the_loss_equals_a_double_loop_over_the_decoded_pairs():
     (images, texts), decoded = features(), torch.tensor([True, False, True, True, False, True])
@@ -593,13 +513,6 @@ def test_the_loss_equals_a_double_loop_over_the_decoded_pairs():
 def test_the_gradients_of_the_loss_equal_finite_differences():
     scale, decoded = torch.tensor(5.0, dtype=torch.float64, requires_grad=True), torch.arange(6) != 4
     assert torch.autograd.gradcheck(clip_pgs.clip_loss, (*features(), scale, decoded))
-
-def test_identical_features_cost_log_batch_size():
-    same = torch.ones(7, 4)
-    assert clip_pgs.clip_loss(same, same, 100.0).item() == pytest.approx(math.log(7), abs=1e-5)
-
-# -----------------------------------------------------------------------------
-# Two views.
 
 def test_nt_xent_equals_a_loop_over_both_views():
     a, b = features()
@@ -617,12 +530,10 @@ def test_byol_is_the_mean_of_2_minus_2_cosines_and_teaches_one_side_only():
     loss.backward()
     assert loss.item() == pytest.approx(expected) and a.grad.abs().sum() > 0 and b.grad is None
 
-def test_attention_cut_by_a_box_of_whole_patches_is_a_slice_and_by_the_whole_box_itself():
-    attention = torch.rand(2, 64, generator=seeded())
-    whole, part = torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
-    assert clip_pgs.cut_attention(attention, whole, 8).allclose(attention, atol=1e-6)
+def test_attention_cut_by_a_box_of_whole_patches_is_a_slice():
+    attention, box = torch.rand(2, 64, generator=seeded()), torch.tensor([[0.25, 0.5, 0.75, 1.0]] * 2)
     cut = attention.view(2, 8, 8)[:, 4:, 2:6].flatten(1)
-    assert clip_pgs.cut_attention(attention, part, 4).allclose(cut, atol=1e-6)
+    assert clip_pgs.cut_attention(attention, box, 4).allclose(cut, atol=1e-6)
 
 def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path, monkeypatch):
     x, y = np.meshgrid(np.arange(256), np.arange(256))
@@ -637,10 +548,6 @@ def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path, monkeypatch):
     low, high = (pick(whole, dim=1).repeat(2) for pick in (torch.amin, torch.amax))
     for view, box in zip(images[:2, 0, :2].double().flatten(2), boxes[:, 0].double()):
         assert (torch.cat([view.amin(1), view.amax(1)]) - (low + box * (high - low))).abs().max() < 5
-
-@pytest.mark.parametrize("contrast", ["simclr", "byol"])
-def test_each_head_adds_to_the_loss_of_two_views(contrast):
-    assert one_step(tiny(mask="random", views=2, contrast=(contrast,)))[0] > one_step(tiny(mask="random", views=2))[0]
 
 # -----------------------------------------------------------------------------
 # Optimizer and schedule.
@@ -697,11 +604,10 @@ def work_of_a_rank(rank, folder):
     os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     steps = [one_step(tiny(accum=accum, **changes)) for changes in (RANGE, FULL) for accum in (1, 2)]
-    noise = clip_pgs.step_noise(tiny(**RANGE), 3, 8, CPU)
     for out, more in (("two", ("--batch-size", 4)),
                       ("resumed", ("--batch-size", 2, "--accum", 2, "--resume", f"{folder}/one/epoch_1.pt"))):
         clip_pgs.train(*clip_pgs.parse(options(folder, *more, "--out", f"{folder}/{out}")), CPU)
-    torch.save((steps, noise), f"{folder}/rank_{rank}.pt")
+    torch.save(steps, f"{folder}/rank_{rank}.pt")
     os._exit(0)  # as main does
 
 @pytest.fixture(scope="module")
@@ -719,12 +625,7 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, number):
     expected = one_step(tiny(**(RANGE, FULL)[number // 2]))
     for rank in (0, 1):
-        steps, _ = torch.load(two_ranks / f"rank_{rank}.pt")
-        assert steps[number].allclose(expected, rtol=0, atol=1e-5)
-
-def test_two_ranks_never_draw_the_same_masks(two_ranks):
-    noise = torch.cat([torch.load(two_ranks / f"rank_{rank}.pt")[1] for rank in (0, 1)], dim=1)
-    assert noise.equal(clip_pgs.step_noise(tiny(**RANGE), 3, 8, CPU)) and len(noise[0].unique(dim=0)) == 8
+        assert torch.load(two_ranks / f"rank_{rank}.pt")[number].allclose(expected, rtol=0, atol=1e-5)
 
 def test_a_run_on_two_ranks_has_the_losses_of_one_with_the_same_global_batch(two_ranks):
     assert losses(two_ranks / "two") == pytest.approx(losses(two_ranks / "one"), abs=1e-5)
@@ -734,16 +635,15 @@ def test_a_run_of_one_rank_goes_on_with_two_and_with_its_folders(two_ranks):
     one, resumed = ([r["eval"] for r in read_log(two_ranks / name) if "eval" in r] for name in ("one", "resumed"))
     assert resumed == one[1:] and one[1][str(two_ranks / "val")].keys() == {"acc1", "acc5", "mean_per_class_recall"}
 
-def tiny_step(config, device):
+def tiny_step(config, device, logit_scale=1.0):
     """train_step on 4 pairs with weights and noise on the device and SGD of rate 1: (numbers, clip)."""
     with torch.device(device):
         clip, noise = random_clip(config), torch.rand(1, 4, 17)
-    images = torch.randint(256, (1, 4, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
+    clip.logit_scale.data.fill_(logit_scale)
+    images, boxes = torch.arange(4 * 768).view(1, 4, 3, 16, 16).byte(), torch.zeros(1, 4, 4)
     optimizer, ema = torch.optim.SGD(clip.parameters(), lr=1.0), copy.deepcopy(clip.visual)
-    decoded = torch.ones(4, dtype=torch.bool)
-    numbers, _, _ = clip_pgs.train_step(config, clip, optimizer, ema, None, images, torch.zeros(1, 4, 4),
-                                        random_tokens(4), decoded, noise, 0.5)
-    return numbers, clip
+    return clip_pgs.train_step(config, clip, optimizer, ema, None, images, boxes, random_tokens(4),
+                               torch.ones(4, dtype=torch.bool), noise, 0.5)[0], clip
 
 @each_mask
 def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
@@ -751,13 +651,15 @@ def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch,
     assert tiny_step(tiny(mask=mask), "meta")[0]["loss"].is_meta        # no tensor has a value: to read is an error
 
 def test_grad_clip_limits_the_norm_of_the_gradient_and_counts_what_it_was():
-    config = tiny(mask="random", grad_clip=0.01)
-    numbers, clip = tiny_step(config, "cpu")
-    moved = [(p - old).flatten() for p, old in zip(clip.parameters(), random_clip(config).parameters())]
-    assert torch.cat(moved).norm().item() == pytest.approx(0.01, rel=1e-3) and numbers["grad_norm"] > 0.1
+    (_, before), (numbers, clip) = (tiny_step(tiny(grad_clip=most), "cpu") for most in (1e-9, 0.01))
+    moved = torch.cat([(p - old).flatten() for p, old in zip(clip.parameters(), before.parameters())])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3) and numbers["grad_norm"] > 0.1
+
+def test_logit_scale_never_exceeds_100():
+    assert tiny_step(tiny(grad_clip=0.01), "cpu", logit_scale=9.0)[0]["logit_scale"].item() == pytest.approx(100)
 
 # -----------------------------------------------------------------------------
-# The run.
+# The run, and pictures of masks.
 
 SMALL = "--model 128x2-64x2-16 --image-size 16 --patch-size 4 --batch-size 8 --workers 0".split()
 
@@ -828,23 +730,10 @@ def test_the_last_epochs_can_see_whole_images_but_no_more_than_half_of_the_run(t
     assert [r["kept"] for r in train("--unmasked-epochs", 0.6)] == [0.5] * 7 + [1.0] * 3
     assert [r["kept"] for r in train("--unmasked-epochs", 9, "--steps", 5, out="five")] == [0.5] * 3 + [1.0] * 2
 
-def change_checkpoint(folder, name, value):
-    state = saved_run(folder)
-    state["model"][name].fill_(value)
-    torch.save(state, folder / "out" / "ckpt.pt")
-
-def test_logit_scale_never_exceeds_100(train, tmp_path):
-    train("--steps", 5)
-    change_checkpoint(tmp_path, "logit_scale", 9)
-    scales = [record["logit_scale"] for record in train("--steps", 8, "--resume")[5:]]
-    assert scales[0] == pytest.approx(100) and max(scales) < 100.001
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, tmp_path):
-    train("--steps", 3)
-    change_checkpoint(tmp_path, "visual.proj", math.nan)
-    with pytest.raises(SystemExit, match="^error: step 4: the loss is nan[^\n]*$"):
-        train("--steps", 5, "--resume", "--save-every", 1)
-    assert saved_run(tmp_path)["step"] == 3
+    with pytest.raises(SystemExit, match="^error: step 2: the loss is nan[^\n]*$"):
+        train("--lr", 1e30, "--save-every", 1)
+    assert saved_run(tmp_path)["step"] == 1
 
 def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(train, tmp_path):
     train("--steps", 3)
@@ -855,17 +744,15 @@ def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(tr
     with pytest.raises(SystemExit, match="^error: --resume [^\n]*had 40 samples, now there are 36"):
         train("--steps", 8, "--accum", 1, "--resume")
 
-def test_broken_samples_are_counted_and_reported_once(train, tmp_path, capsys):
+def test_broken_samples_are_counted_and_too_many_stop_the_run(train, tmp_path, capsys):
     draw_shards(tmp_path, broken=(7, 33))
     train("--epochs", 1)
     printed = capsys.readouterr().out
     assert printed.count("2 of 40 samples skipped") == printed.count("       2  cannot identify image file") == 1
-
-def test_too_many_broken_samples_stop_the_run_before_a_checkpoint(train, tmp_path):
     draw_shards(tmp_path, broken=range(20))
-    with pytest.raises(SystemExit, match=r"20 of 40 samples[^$]*20  cannot identify image file\n[^$]*--max-bad 0.1"):
-        train("--epochs", 1)
-    assert not (tmp_path / "out" / "ckpt.pt").exists()
+    with pytest.raises(SystemExit, match="20 of 40 samples[^$]*20  cannot identify image file\n[^$]*--max-bad 0.1"):
+        train("--epochs", 1, out="worse")
+    assert not (tmp_path / "worse" / "ckpt.pt").exists()
 
 def test_a_batch_without_a_pair_is_an_error_and_not_a_step(train, tmp_path):
     samples = [(f"{i}.{kind}", raw) for i in range(40) for kind, raw in (("png", noise_image(i)), ("json", b"{}"))]
@@ -995,13 +882,11 @@ def test_bad_input_ends_in_one_clear_line_and_exit_status_1(tmp_path, arguments,
     with pytest.raises(SystemExit, match=rf"^error: [^\n]*{says}[^\n]*$"):
         command(*SMALL, "--out", tmp_path / "out", *arguments.format(*[tmp_path] * 2).split())
 
-# -----------------------------------------------------------------------------
-# Pictures of masks.
-
-@pytest.mark.parametrize("name, mode", [("photo.png", "P"), ("photo.jpg", "CMYK")])
-def test_masks_are_shown_of_a_photograph_of_any_mode(tmp_path, name, mode):
-    picture(50).convert(mode).save(tmp_path / name)
-    command("--show-masks", tmp_path / name, tmp_path / name, *SMALL, "--out", tmp_path)
+def test_masks_are_shown_of_photographs_of_any_mode(tmp_path):
+    photos = [tmp_path / "palette.png", tmp_path / "cmyk.jpg"]
+    for photo, mode in zip(photos, ("P", "CMYK")):
+        picture(50).convert(mode).save(photo)
+    command("--show-masks", *photos, *SMALL, "--out", tmp_path)
     # Two rows of photograph, edges, attention and five masks, a line of text below each.
     assert Image.open(tmp_path / "masks.png").size == (8 * 176, 2 * 191)
 
