@@ -10,6 +10,7 @@ was. What came out of a run is kept as a line of .github/study.jsonl, from which
 """
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -134,9 +135,10 @@ def run(options):
 
 
 def time_rows(options):
-    """Times 40 steps of each row in turns, three rounds; keeps the medians, relative to `none`."""
+    """Times 40 steps of each row that has a result, in turns, three rounds; keeps the medians, relative to
+    `none`."""
     speeds, out = defaultdict(list), os.path.join(options.out, "time")
-    for name in [*ROWS] * 3:
+    for name in [*filter(results().get, ROWS)] * 3:
         shutil.rmtree(out, ignore_errors=True)
         command = command_line(options, name, out, "--steps", "40", "--unmasked-epochs", "0")
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
@@ -154,34 +156,32 @@ def with_spread(values):
 
 
 def table(options):
-    """Prints the tables: mean and deviation over seeds, and the accuracy at the time of the fastest row."""
+    """Prints a row per run: mean and deviation of acc1 over seeds after the last masked epoch and after the
+    whole one, the paired difference to random with its standard error, and acc1 when the fastest run ends."""
     found, times = results(), {}
     if os.path.exists(TIMES):
         with open(TIMES) as file:
             times = json.load(file)
-    print("| run | seeds | time | before | after | minus random |\n|---|--:|--:|--:|--:|--:|")
+    # A masked epoch costs its row's time, the last one that of `none`, and of two whole images twice that.
+    clocks = {name: np.cumsum([time] * 7 + [max(time, 1 + ("--views 2" in ROWS[name]))])
+              for name, time in times.items() if found[name]}
+    budget = min((clock[-1] for clock in clocks.values()), default=0) + 1e-6
+    print("| run | seeds | time | epoch 7 | epoch 8 | minus random | at equal time |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
     for name in filter(found.get, ROWS):
         runs = {seed: 100 * np.array(acc1) for seed, acc1 in found[name].items()}
-        before, after = ([acc1[epoch] for acc1 in runs.values()] for epoch in (-2, -1))
+        masked, whole = ([acc1[epoch] for acc1 in runs.values()] for epoch in (-2, -1))
         paired = [acc1[-1] - 100 * found["random"][seed][-1] for seed, acc1 in runs.items()
                   if seed in found["random"]]
-        difference = ""
+        difference, level = "", ""
         if name != "random" and len(paired) > 1:
             difference = f"{np.mean(paired):+.1f} ± {np.std(paired, ddof=1) / len(paired) ** 0.5:.1f}"
-        cells = name, len(runs), times.get(name, ""), with_spread(before), with_spread(after), difference
-        print("| " + " | ".join(map(str, cells)) + " |")
-    # A masked epoch costs its row's time, the unmasked one that of `none`, with two views twice as much.
-    clocks = {name: np.cumsum([time] * 7 + [2.0 if "views" in name else 1.0])
-              for name, time in times.items() if found[name]}
-    if clocks:
-        budget = min(clock[-1] for clock in clocks.values()) + 1e-6
-        print(f"\nAt the time of the fastest run, {budget:.1f} epochs of none:\n\n| run | epochs | acc1 |")
-        print("|---|--:|--:|")
-        for name, clock in clocks.items():
-            done = int((clock <= budget).sum())
-            if done:
-                acc1 = 100 * np.mean([accuracy[done - 1] for accuracy in found[name].values()])
-                print(f"| {name} | {done} | {acc1:.1f} |")
+        done = int((clocks.get(name, np.array([math.inf])) <= budget).sum())
+        if done:
+            level = f"{np.mean([acc1[done - 1] for acc1 in runs.values()]):.1f} ({done})"
+        cells = [name, len(runs), times.get(name, ""), with_spread(masked), with_spread(whole)]
+        print("| " + " | ".join(map(str, [*cells, difference, level])) + " |")
+    print(f"\nAt equal time: after {budget:.1f} epochs of none, when the fastest run ends; in brackets the epoch.")
     draw(found)
 
 
