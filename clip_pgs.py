@@ -849,8 +849,8 @@ def prepare(config, state, device):
     return SimpleNamespace(
         config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer,
         chances=chances, clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads,
-        step=state.get("step", 0), global_batch=global_batch, steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
+        step=state.get("step", 0), record=state.get("record"), global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
 
 def save(run, name):
     """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then whole."""
@@ -859,14 +859,15 @@ def save(run, name):
             torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
                             ema=run.ema and run.ema.state_dict(), heads=run.heads and run.heads.state_dict(),
                             config=asdict(run.config), merges=run.tokenizer.merges, step=run.step,
-                            progress=run.step / run.total_steps, global_batch=run.global_batch,
-                            num_samples=len(run.index)), file)
+                            record=run.record, progress=run.step / run.total_steps,
+                            global_batch=run.global_batch, num_samples=len(run.index)), file)
 
 def open_log(path, step):
-    """The log, open for appending, without the lines after the checkpoint's step, which will be repeated."""
+    """The log, open for appending, without what comes after the checkpoint of this step, to be repeated."""
     records = evaluate.read_log(path) if step and os.path.exists(path) else []
+    known = [record for record in records if record["step"] + ("eval" in record) <= step]
     with data.write_whole(path) as file:
-        file.writelines(f"{json.dumps(record)}\n".encode() for record in records if record["step"] <= step)
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in known)
     return open(path, "a", buffering=1)
 
 def epoch_loader(run, epoch, steps):
@@ -882,24 +883,26 @@ def epoch_loader(run, epoch, steps):
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
 def train_epoch(run, epoch, log, requests):
-    """Trains to the end of the epoch, or until a rank has a signal in `requests`: (records, stopped).
+    """Trains to the end of the epoch, or until a rank has a signal in `requests`: (losses, stopped).
     Each step adds its record, a line of json, to `log`. ValueError if too many samples do not decode."""
     config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
     bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
                desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
-    values, records, stopped, num_lost, causes, tick = None, [], False, 0, Counter(), time.perf_counter()
+    values, losses, stopped, num_lost, causes, tick = None, [], False, 0, Counter(), time.perf_counter()
     for batch in itertools.chain(epoch_loader(run, epoch, steps), [None]):  # None: the epoch has ended
         # The numbers of a step are read when the next batch has arrived. Reading waits for the GPU, which had
         # work until then. So no checkpoint holds a step whose numbers are wrong.
         if values is not None:
             *seen, lost, requested = (values / world_size).tolist()  # means over the ranks
             images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
-            records.append(dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1)) |
-                           dict(zip(numbers, seen)))
-            lost, num_read = round(lost * world_size), len(records) * run.global_batch
-            num_lost, loss = num_lost + lost, records[-1]["loss"]
+            run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
+                              **dict(zip(numbers, seen)))
+            loss = run.record["loss"]
+            losses.append(loss)
+            lost, num_read = round(lost * world_size), len(losses) * run.global_batch
+            num_lost += lost
             if not math.isfinite(loss):
                 raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
             stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
@@ -909,7 +912,7 @@ def train_epoch(run, epoch, log, requests):
             most = config.max_bad * (num_read if due else max(num_read, 1000))
             if lost == run.global_batch or num_lost > most:
                 raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
-            log.write(json.dumps(records[-1]) + "\n")
+            log.write(json.dumps(run.record) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
             bar.update()
             if due:
@@ -937,7 +940,7 @@ def train_epoch(run, epoch, log, requests):
     bar.close()
     if num_lost and rank == 0:
         print(report)
-    return records, stopped
+    return losses, stopped
 
 def train(config, state, device):
     """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
@@ -955,26 +958,30 @@ def train(config, state, device):
     say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} rank"
         f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.steps_per_epoch} steps "
         f"per epoch, {run.total_steps} in all: {masked}, {unmasked} on whole images", flush=True)
-    begin, began = time.perf_counter(), run.step
-    while run.step < run.total_steps:
-        epoch = run.step // run.steps_per_epoch
-        records, stopped = train_epoch(run, epoch, log, requests)
-        if run.step == run.total_steps or run.step % run.steps_per_epoch == 0:
+    stopped, begin, began = False, time.perf_counter(), run.step
+    while True:
+        if run.step and (run.step == run.total_steps or run.step % run.steps_per_epoch == 0):
+            # After --resume, too: the run may have been killed between this checkpoint and its evaluation.
+            epoch = run.record["epoch"]
             if config.keep_epochs:
-                save(run, f"epoch_{epoch + 1}.pt")
+                save(run, f"epoch_{epoch}.pt")
             results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
             if results:
-                log.write(json.dumps(records[-1] | dict(eval=results)) + "\n")
-            if rank == 0:
+                log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+            if rank == 0 and (results or run.step > began):
                 evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
-            minutes = (time.perf_counter() - begin) / 60
-            to_go = minutes * (run.total_steps - run.step) / (run.step - began)
-            metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
-            say(f"epoch {epoch + 1}: mean loss {np.mean([record['loss'] for record in records]):.3f}, "
-                f"{''.join(metrics)}{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
-        if stopped and run.step < run.total_steps:
+            if run.step > began:
+                minutes = (time.perf_counter() - begin) / 60
+                to_go = minutes * (run.total_steps - run.step) / (run.step - began)
+                metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
+                say(f"epoch {epoch}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
+                    f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
+        if run.step >= run.total_steps:
+            break
+        if stopped:
             line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
             sys.exit(line if rank == 0 else 1)
+        losses, stopped = train_epoch(run, run.step // run.steps_per_epoch, log, requests)
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
@@ -1032,7 +1039,7 @@ def parse(arguments):
         options.resume = path if os.path.exists(path) else ""
     if options.resume:
         state = evaluate.read_checkpoint(options.resume)
-        if not {"model", "optimizer", "config", "merges", "global_batch"} <= state.keys():
+        if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
         then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
         parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
