@@ -446,8 +446,7 @@ def plot(draw, left, title, series):
     draw.text((left + 50, 20), title, "black", font_size=11)
 
 def draw_curves(path, logs):
-    """Writes a PNG of runs' log.jsonl, a color per run: the loss, the first metric of each folder, both pale
-    behind their moving average; returns {run: last metrics}."""
+    """Writes a PNG of the losses and first metrics in runs' log.jsonl; returns {run: its last metrics}."""
     panels, last = defaultdict(list), {}
     for log, color in zip(logs, COLORS * len(logs)):
         curves, metrics = {"loss over steps": []}, {}
@@ -460,7 +459,7 @@ def draw_curves(path, logs):
             raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
         for title, points in curves.items():
             x, y = np.array(points).T
-            window = max(1, len(x) // 40)
+            window = max(1, len(x) // 40)  # of the moving average, with the values themselves pale behind it
             smooth = np.convolve(y, np.ones(window) / window, "valid")
             panels[title] += [(color + "50", x, y), (color, x[window - 1:], smooth)]
         last[os.path.dirname(log) or log] = metrics
