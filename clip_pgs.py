@@ -542,7 +542,7 @@ def ranks():
 
 def gather(x):
     """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. The gradient goes to this
-    rank's own part, times world_size: DDP will add up the gradients of the ranks and divide by it."""
+    rank's own part, times world_size, because DDP will take the mean of the ranks' gradients."""
     rank, world_size = ranks()
     if world_size == 1:
         return x

@@ -136,8 +136,8 @@ def run(options):
 
 def time_rows(options):
     """Times 20 steps of each row that has a result, in turns, twice; keeps the medians, against `none`."""
-    speeds, out = defaultdict(list), os.path.join(options.out, "time")
-    for name in [*filter(results().get, ROWS)] * 2:
+    speeds, out, found = defaultdict(list), os.path.join(options.out, "time"), results()
+    for name in [name for name in ROWS if found[name] or name == "none"] * 2:
         shutil.rmtree(out, ignore_errors=True)
         command = command_line(options, name, out, "--steps", "20", "--unmasked-epochs", "0")
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
