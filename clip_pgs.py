@@ -212,9 +212,8 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
 
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself divides by the deviation
-    # After subtracting the mean, a patch of one grey is zero plus rounding noise, and the cosine would turn
-    # that noise into a random direction. We append the same small number to every patch. Patches of one grey
-    # then point the same way, and the others hardly change.
+    # A patch of one grey is now zero plus rounding noise, whose direction is random. We append the same small
+    # number to every patch. Patches of one grey then point the same way, and the others hardly change.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
         return S
@@ -223,11 +222,10 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
 def balance(similarity, eps=EPS, iterations=20):
     """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
-    T = diag(u) K diag(u) with K = exp((S - 1) / eps), so S' = S + eps * (log u_i + log u_j), which is on the
-    scale of S. What is left to find is one vector u with u * (K u) = 1.
+    T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
     1. Repeating u <- 1 / (K u) alternates between two vectors; their geometric mean is the answer.
-    2. So each step takes the geometric mean of u and 1 / (K u).
-    3. K of cosines is positive semi-definite. Near the answer, each step then at least halves the error."""
+    2. So each step takes the geometric mean of u and 1 / (K u). K of cosines is positive semi-definite:
+       near the answer, each step at least halves the error."""
     with torch.autocast(similarity.device.type, enabled=False):
         similarity = similarity.float()
         kernel = ((similarity - 1) / eps).exp()           # (B, L, L) between exp(-2 / eps) and 1: never 0
@@ -272,21 +270,19 @@ def remove(score, ratio, noise, counted=None, share=None):
     # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the most
     # that the ratio allows: for the batch's own maximum, the CPU would have to wait for the GPU.
     keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
-    if low == high:
-        return keep, None
-    return keep, torch.arange(L - low, device=score.device) < (L - count)[:, None]
+    valid = torch.arange(L - low, device=score.device) < (L - count)[:, None]
+    return keep, valid if low < high else None
 
 @torch.no_grad()
 def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder sees: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image, by cluster and pgs from its pixels; then K is the most that
-    any image keeps, and valid slots come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or
-    else from generator. cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see
-    `VisionTransformer.patch_tokens`. attentive needs attention (B, L), see `class_attention`. pgs can do
-    without edges or transport, the paper's ablation. An image's mask does not depend on the other images of
-    its batch. ValueError for an unknown name or ratio."""
+    (low, high) with the number chosen per image; then K is the most that any image may keep, and valid slots
+    come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and
+    pgs compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`.
+    attentive needs attention (B, L), see `class_attention`. An image's mask does not depend on the other
+    images of its batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
     L = grid[0] * grid[1]
@@ -306,8 +302,8 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
-            # Patches of a block share their score and their noise, so they go one after the other. A score is
-            # above 0.5 where a block gets less than its even share of the class token's attention.
+            # Patches of a block share score and noise, so they go one after the other. A score is above 0.5
+            # where a block gets less than its even share of the class token's attention.
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
@@ -327,14 +323,13 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
 # open_clip, so that weights load strictly in both directions.
 #
-# Captions have different lengths. So have images if `--ratio` is a range. Padding is not computed: everything
-# but attention runs on the valid tokens alone, packed one after the other, (N, D). Attention needs the padded
-# form, (B, K, D). `Slots` says how to get from one to the other.
+# Captions differ in length, as do images if `--ratio` is a range. Padding is not computed: all but attention
+# runs on the valid tokens, packed one after the other, (N, D). Attention needs the padded form, (B, K, D).
 
 class Slots(NamedTuple):
-    """Which slots of a padded batch hold a token, and where the N tokens lie among the B * K slots."""
+    """Which slots of a padded batch hold a token: how to get from one form to the other."""
     valid: torch.Tensor   # (B, K) bool
-    places: torch.Tensor  # (N,) int64
+    places: torch.Tensor  # (N,) int64, where the tokens lie among the B * K slots
 
     def pack(self, x):
         """(B, K, D) -> (N, D): the valid tokens, one after the other."""
@@ -534,7 +529,7 @@ def update_ema(ema, model, progress):
         average.lerp_(weight, 1 - momentum)
 
 # -----------------------------------------------------------------------------
-# Loss.
+# Losses.
 
 def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
@@ -765,7 +760,7 @@ def claim(config):
     """Makes --out the folder of this run; returns a file that is locked until this process ends. ValueError
     if another process trains there, or if it holds the checkpoint of a run that we do not go on with."""
     os.makedirs(config.out, exist_ok=True)
-    path, lock = os.path.join(config.out, "ckpt.pt"), open(os.path.join(config.out, ".lock"), "w")
+    path, lock = f"{config.out}/ckpt.pt", open(f"{config.out}/.lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -773,8 +768,8 @@ def claim(config):
     ours = config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)
     if os.path.exists(path) and not ours:
         then = evaluate.read_checkpoint(path)
-        run = f"mask {then['config']['mask']}, step {then['step']}"
-        raise ValueError(f"--out {config.out}: holds a run ({run}); go on by --resume, or name another --out")
+        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step "
+                         f"{then['step']}); go on by --resume, or name another --out")
     return lock
 
 def load_data(config):
@@ -829,15 +824,16 @@ def prepare(config, state, device):
     if global_batch > len(index):
         raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only "
                          f"{len(index)} samples")
-    what = {"global_batch": "images per step (ranks x --batch-size x --accum)", "num_samples": "samples"}
-    for name, now in dict(global_batch=global_batch, num_samples=len(index)).items():
+    for name, now, what in (
+            ("global_batch", global_batch, "images per step (ranks x --batch-size x --accum)"),
+            ("num_samples", len(index), "samples")):
         if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: the run had {state[name]} {what[name]}, now there "
-                             f"are {now}; the number must be the same")
-    if config.vocab and "merges" not in state:
+            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}; the "
+                             "number must be the same")
+    if config.vocab and not state:
         tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
-        merges = state["merges"] if "merges" in state else data.learn_merges(
+        merges = state["merges"] if state else data.learn_merges(
             data.sample_captions(shards, index), config.vocab_size - 514, progress=ranks()[0] == 0)
         tokenizer = data.Tokenizer(merges, config.context_length)
     config.vocab_size = tokenizer.vocab_size
@@ -887,42 +883,14 @@ def train_epoch(run, epoch, log, requests):
     Each step adds its record, a line of json, to `log`. ValueError if too many samples do not decode."""
     config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
     steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
-    bar = tqdm(total=steps.stop, initial=first, disable=rank > 0, leave=False,
-               desc=f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}",
+    bar = tqdm(epoch_loader(run, epoch, steps),
+               f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}", steps.stop,
+               initial=first, disable=rank > 0, leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
-    values, losses, stopped, num_lost, causes, tick = None, [], False, 0, Counter(), time.perf_counter()
-    for batch in itertools.chain(epoch_loader(run, epoch, steps), [None]):  # None: the epoch has ended
-        # The numbers of a step are read when the next batch has arrived. Reading waits for the GPU, which had
-        # work until then. So no checkpoint holds a step whose numbers are wrong.
-        if values is not None:
-            *seen, lost, requested = (values / world_size).tolist()  # means over the ranks
-            images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
-            run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
-                              **dict(zip(numbers, seen)))
-            loss = run.record["loss"]
-            losses.append(loss)
-            lost, num_read = round(lost * world_size), len(losses) * run.global_batch
-            num_lost += lost
-            if not math.isfinite(loss):
-                raise ValueError(f"step {run.step}: the loss is {loss}; no checkpoint holds this step")
-            stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
-            due = stopped or batch is None or run.step % config.save_every == 0
-            report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
-                                *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
-            most = config.max_bad * (num_read if due else max(num_read, 1000))
-            if lost == run.global_batch or num_lost > most:
-                raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
-            log.write(json.dumps(run.record) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s", refresh=False)
-            bar.update()
-            if due:
-                save(run, "ckpt.pt")
-        if stopped or batch is None:
-            break
-        images, boxes, tokens, decoded, bad, fault = batch
+    losses, stopped, num_lost, causes, tick = [], False, 0, Counter(), time.perf_counter()
+    for images, boxes, tokens, decoded, bad, fault in bar:
         if fault:
             raise OSError(fault)
-        causes.update(bad)
         lr = learning_rate(run.step, run.total_steps, config.lr, config.warmup)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -930,13 +898,35 @@ def train_epoch(run, epoch, log, requests):
         noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
         numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
                                           tokens, decoded, noise, alpha=run.step / run.total_steps)
-        if values is None and rank == 0 and (masked or config.mask == "none"):
+        if not losses and rank == 0 and (masked or config.mask == "none"):
             evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
         values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(run.device, non_blocking=True)
                               for x in (*numbers.values(), len(bad), bool(requests))])
         if dist.is_initialized():
             dist.all_reduce(values)
+        *means, lost, requested = (values / world_size).tolist()  # over the ranks; waits for the GPU
+        images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
+        run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
+                          **dict(zip(numbers, means)))
+        losses.append(run.record["loss"])
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
+        stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
+        due = stopped or run.step % config.save_every == 0 or len(losses) == len(steps)
+        causes.update(bad)
+        lost, num_read = round(lost * world_size), len(losses) * run.global_batch
+        num_lost += lost
+        report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
+                            *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
+        if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
+            raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
+        log.write(json.dumps(run.record) + "\n")
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
+        if due:
+            save(run, "ckpt.pt")
+        if stopped:
+            break
     bar.close()
     if num_lost and rank == 0:
         print(report)
@@ -950,14 +940,13 @@ def train(config, state, device):
     for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
         signal.signal(number, lambda number, frame: requests.append(number))
     log = open(os.devnull, "w") if rank else open_log(f"{config.out}/log.jsonl", run.step)
-    L, unmasked = (config.image_size // config.patch_size) ** 2, run.total_steps - run.masked_steps
-    masked = f"{run.masked_steps} with mask {config.mask}"
-    if config.mask != "none":
-        masked += f", {' to '.join(str(round(share * L)) for share in config.ratio)} of {L} patches removed"
+    L = (config.image_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in run.clip.parameters()) / 1e6
+    removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
     say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} rank"
-        f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.steps_per_epoch} steps "
-        f"per epoch, {run.total_steps} in all: {masked}, {unmasked} on whole images", flush=True)
+        f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.total_steps} steps, "
+        f"{run.steps_per_epoch} per epoch: {run.masked_steps} with mask {config.mask}, {removed} of {L} "
+        f"patches removed, {run.total_steps - run.masked_steps} on whole images", flush=True)
     stopped, begin, began = False, time.perf_counter(), run.step
     while True:
         if run.step and (run.step == run.total_steps or run.step % run.steps_per_epoch == 0):
@@ -1067,10 +1056,8 @@ def main():
                              "one task per machine")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            if config.precision != "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
-                config.precision = "fp32"
-                if rank == 0:
-                    print("this GPU has no bf16: fp32 instead")
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                config.precision = "fp32"  # an old card; the first line of the run says so
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
         config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
