@@ -386,23 +386,21 @@ def split_words(text):
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
     return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in WORD.findall(text)]
 
+def join(word, pair):
+    """A word such as " c  a  t</w> ", with each of a pair's places joined: " ca  t</w> "."""
+    return word.replace(" %s  %s " % pair, " %s%s " % pair)
+
 def learn_merges(captions, num_merges, progress=False):
     """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first,
-    none that occurs once. All words stand in one row; a merge visits the places of its pair only."""
+    none that occurs once. A merge visits the words that hold its pair, and counts their pairs anew."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
-    symbols, left, right, times = [], [], [], []  # per place: symbol, places of its neighbours or -1, count
-    for word, count in counts.items():
-        start, end = len(symbols), len(symbols) + len(word)
-        symbols += [*word[:-1], word[-1] + "</w>"]
-        left += [-1, *range(start, end - 1)]
-        right += [*range(start + 1, end), -1]
-        times += [count] * len(word)
-    pair_count, places = Counter(), defaultdict(list)
-    for place, after in enumerate(right):
-        if after >= 0:
-            pair_count[symbols[place], symbols[after]] += times[place]
-            places[symbols[place], symbols[after]].append(place)
+    words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
+    pair_count, holders = Counter(), defaultdict(set)  # of a pair: how often it occurs, numbers of its words
+    for number, word in enumerate(words):
+        for pair in pairwise(word.split()):
+            pair_count[pair] += times[number]
+            holders[pair].add(number)
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
     merges = []
@@ -414,20 +412,15 @@ def learn_merges(captions, num_merges, progress=False):
             break
         merges.append(" ".join(pair))
         joined, grown = "".join(pair), set()
-        for place in sorted(places.pop(pair)):
-            after = right[place]
-            if after < 0 or (symbols[place], symbols[after]) != pair:
-                continue  # another merge was here
-            symbols[place], symbols[after], right[place] = joined, None, right[after]
-            for a, b, old in ((left[place], place, pair[0]), (place, right[place], pair[1])):
-                if a >= 0 and b >= 0:
-                    pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
-                    pair_count[symbols[a], symbols[b]] += times[place]
-                    places[symbols[a], symbols[b]].append(a)
-                    grown.add((symbols[a], symbols[b]))
-            if right[place] >= 0:
-                left[right[place]] = place
-        del pair_count[pair]
+        for number in holders.pop(pair):
+            for old in pairwise(words[number].split()):
+                pair_count[old] -= times[number]
+            words[number] = join(words[number], pair)
+            for new in pairwise(words[number].split()):
+                pair_count[new] += times[number]
+                if joined in new:
+                    holders[new].add(number)
+                    grown.add(new)
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
@@ -459,14 +452,13 @@ class Tokenizer:
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
         """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
-        # With spaces around each symbol, such as " c  a  t</w> ", a merge makes " ca " of " c  a ".
         word = f" {'  '.join(word)}</w> "
         while True:
             symbols = word.split()
             pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf), default=None)
             if pair not in self.rank:
                 return [self.ids[symbol] for symbol in symbols]
-            word = word.replace(" %s  %s " % pair, " %s%s " % pair)
+            word = join(word, pair)
 
     def encode(self, captions):
         """(N, T) int64 of a list of str, or of lists of words of byte symbols: <start>, ids, <end>, zeros.
