@@ -64,16 +64,17 @@ def what_it_is(path, otherwise="not a tar"):
         return "a Git LFS pointer: run `git lfs pull`"
     return otherwise if head else f"empty file, {otherwise}"
 
+# What to say to a user whose error contains these words.
+HINTS = {"KeyboardInterrupt": "interrupted",
+         "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
+         "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
+         "DataLoader worker": "a worker was killed, perhaps for lack of memory: pass fewer --workers"}
+
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory; half the --batch-size and twice the --accum give the same update with less"
-    if "shared memory" in str(error):
-        return "too little shared memory: pass --workers 0, or give a container more by docker's --shm-size"
-    if "DataLoader worker" in str(error):
-        return "a worker was killed, perhaps for lack of memory: pass fewer --workers"
+    for sign, hint in HINTS.items():
+        if sign in repr(error):
+            return hint
     if getattr(error, "filename", None):
         return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, (ValueError, OSError)) else ""
@@ -87,17 +88,17 @@ def expand(patterns):
     Numbers keep their width. ValueError for a path that is not there or a pattern that matches nothing."""
     paths = []
     for path in patterns:
+        if os.path.isdir(path):
+            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
         braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
         if braces:
             numbers = range(int(braces[1]), int(braces[2]) + 1)
             found = expand(path.replace(braces[0], str(n).zfill(len(braces[1])), 1) for n in numbers)
-        elif os.path.isdir(path):
-            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
         else:
             found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
-            raise ValueError(f"--data {path}: {'the range is empty' if braces else why}")
+            raise ValueError(f"--data {path}: {'an empty range' if braces else why}")
         paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
@@ -132,22 +133,21 @@ def tar_members(path):
 def tar_samples(path):
     """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order. A key ends at
     the first dot of the file name. A key that comes again is another sample, as in webdataset."""
-    samples, of_key = [], {}
+    samples, of_key, fault = [], defaultdict(dict), ""
     try:
         for name, offset, size in tar_members(path):
             stem, dot, extension = name.rpartition("/")[2].partition(".")
             key, extension = name.removesuffix(dot + extension), extension.lower()
             if not stem:
                 continue  # a hidden file, such as macOS puts beside others
-            if extension in of_key.get(key, {}):
-                of_key.clear()  # names start again: nothing that follows belongs to a sample from before
-            if key not in of_key:
-                of_key[key] = {}
-                samples.append((key, of_key[key]))
+            if extension in of_key[key]:  # names start again: what follows belongs to no sample from before
+                samples += of_key.items()
+                of_key.clear()
             of_key[key][extension] = offset, size
     except ValueError as error:
-        return samples, str(error)
-    return samples, "" if samples else f"{path}: a tar without files"
+        fault = str(error)
+    samples += of_key.items()
+    return samples, fault or ("" if samples else f"{path}: a tar without files")
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
@@ -248,27 +248,23 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
-def open_image(raw):
-    """The picture in `raw` bytes, of which only the header has been read. Any exception if it is none."""
-    image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-    return image
-
 @contextmanager
-def decoding():
-    """Whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...) becomes a ValueError."""
+def open_image(raw):
+    """In a `with`: the picture in `raw` bytes, whose pixels are decoded when they are needed. ValueError with
+    the cause for whatever Pillow raises in there (OSError, SyntaxError, struct.error ...)."""
     try:
-        yield
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        yield image
     except Exception as error:
         raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
 
-@decoding()
 def decode_image(raw):
-    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it is damaged."""
-    image = open_image(raw)
-    image.load()
-    return image
+    """The picture in `raw` bytes, decoded, in its own mode. ValueError with the cause if it is damaged."""
+    with open_image(raw) as image:
+        image.load()
+        return image
 
 def eight_bits(image):
     """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
@@ -484,32 +480,31 @@ def word_chances(captions, threshold=1e-6, least=5):
 
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
-    lost, fault. order: (steps, B) sample numbers; V: views. With `whole`, images has one more row: the part
+    lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
     of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]).
     Captions are shortened in the first `masked` batches. A sample that does not decode leaves a black image
     and its cause in the list `lost`. If a disk fails, `fault` is its message, else ""."""
-    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False,
-                 text_tokens=0, chances=None, masked=0):
-        self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
-        self.image_size, self.scale, self.seed, self.views, self.whole = image_size, scale, seed, views, whole
-        self.text_tokens, self.chances, self.masked = text_tokens, chances, masked
+    def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
+        self.config, self.shards, self.index, self.order = config, shards, index, order
+        self.tokenizer, self.epoch = tokenizer, epoch
+        self.whole, self.chances, self.masked = whole, chances, masked
 
     def __getitem__(self, number):
-        samples, size, lost, fault = self.order[number], self.image_size, [], ""
-        images = torch.zeros(self.views + bool(self.whole), len(samples), 3, size, size, dtype=torch.uint8)
-        boxes, decoded = torch.zeros(self.views, len(samples), 4), torch.ones(len(samples), dtype=torch.bool)
-        words = [[] for _ in samples]
+        config, samples, lost, fault = self.config, self.order[number], [], ""
+        V, B, size = config.views, len(samples), config.image_size
+        images = torch.zeros(V + bool(self.whole), B, 3, size, size, dtype=torch.uint8)
+        boxes, decoded, words = torch.zeros(V, B, 4), torch.ones(B, dtype=torch.bool), [[] for _ in samples]
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
             # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
-            rng = np.random.default_rng([*self.seed, sample])
+            rng = np.random.default_rng([config.seed, self.epoch, sample])
             try:
                 texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
                 words[i] = split_words(texts[rng.integers(len(texts))])
-                with decoding():
-                    image = upright(open_image(raw))
-                    found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])
+                with open_image(raw) as image:
+                    image = upright(image)
+                    found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
                     around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
                     images[:, i] = crops(image, np.vstack([found, around])[:len(images)], size)
             except OSError as error:
@@ -518,11 +513,11 @@ class Batches(torch.utils.data.Dataset):
                 decoded[i] = False
                 lost.append(str(error))
             else:
-                sides = np.tile(around[2:] - around[:2], 2)
-                boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / sides)
-                for view in images[:self.views, i] if self.views > 1 else ():
+                corner, sides = np.tile(around[:2], 2), np.tile(around[2:] - around[:2], 2)
+                boxes[:, i] = torch.from_numpy((found - corner) / sides)
+                for view in images[:V, i] if V > 1 else ():
                     view.copy_(augment(view, rng))
-                if self.text_tokens and number < self.masked:
+                if config.text_tokens and number < self.masked:
                     words[i] = self.shorten(words[i], rng)
         batch = images, boxes, self.tokenizer.encode(words), decoded
         if torch.utils.data.get_worker_info():
@@ -538,7 +533,7 @@ class Batches(torch.utils.data.Dataset):
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
-        return [words[i] for i in sorted(order[sizes.cumsum() <= self.text_tokens])]
+        return [words[i] for i in sorted(order[sizes.cumsum() <= self.config.text_tokens])]
 
 def captions(shard, row):
     """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
@@ -547,12 +542,9 @@ def captions(shard, row):
     try:
         found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         found = json.loads(found)["caption"] if row["json"] else found
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json") from None
-    lines = found.splitlines() if isinstance(found, str) else found
-    lines = lines if isinstance(lines, list) else []
+        raise ValueError(f"no caption in UTF-8 in the {'json' if row['json'] else 'txt'}") from None
+    lines = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
         raise ValueError("empty caption")
@@ -585,10 +577,11 @@ def read_caption_list(path):
     """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            image, _, caption = raw.decode("utf-8-sig", "replace").rstrip("\r\n").partition("\t")
-            if not image or not caption.strip() or "\ufffd" in image + caption and b"\xef\xbf\xbd" not in raw:
-                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption` in UTF-8, got "
-                                 f"{raw.decode('utf-8', 'replace')!r:.80}")
+            line = raw.decode("utf-8-sig", "replace").rstrip("\r\n")
+            image, _, caption = line.partition("\t")
+            if not image or not caption.strip() or line.encode() not in raw:  # then it is not UTF-8
+                what = f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}"
+                raise ValueError(f"{path}, line {number}: {what}")
             yield number, image, caption
 
 def list_samples(path):
