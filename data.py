@@ -16,7 +16,6 @@ import math
 import os
 import re
 import signal
-import sys
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -102,65 +101,53 @@ def expand(patterns):
         paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
-def tar_members(path):
-    """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
-    Names are labels, never paths on disk. ValueError if the tar is damaged; what came before is whole."""
+def tar_samples(path):
+    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order; of a damaged
+    tar, those before its fault. A key ends at the first dot of the file name. A key that comes again is
+    another sample, as in webdataset. Names are labels, never paths on disk."""
+    samples, of_key, fault = [], defaultdict(dict), ""
     with open(path, "rb") as file:
-        at = -1
         try:
             tar = tarfile.open(fileobj=file, mode="r:")
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if member.offset <= at:
+                if tar.offset <= member.offset:
                     raise ValueError("a header with a negative size")
-                at = member.offset
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
+                stem, dot, extension = member.name.rpartition("/")[2].partition(".")
+                if not stem or not member.isfile():
+                    continue  # a hidden file, such as macOS puts beside others; a folder, link or device
+                key, extension = member.name.removesuffix(dot + extension), extension.lower()
+                if extension in of_key[key]:  # names start again: what follows belongs to no sample so far
+                    samples += of_key.items()
+                    of_key.clear()
+                of_key[key][extension] = member.offset_data, member.size
+            # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
+            rest = os.pread(file.fileno(), 1 << 24, tar.offset)
+            if not rest or len(rest) % 512:
+                fault = f"truncated, the tar breaks off at byte {os.path.getsize(path)}"
+            elif rest.strip(b"\0"):
+                fault = f"more than zeros at its end, byte {tar.offset}: a damaged header, or two tars in one"
+            elif not of_key:
+                fault = "a tar without files"
         except OSError:
             raise  # the disk's fault
         except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-            what = "truncated" if at >= 0 and "end of data" in str(error) else what_it_is(path)
-            raise ValueError(f"{path}: {what}") from None
-        # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
-        file.seek(tar.offset)
-        rest = file.read(1 << 24)
-        if not rest or len(rest) % 512:
-            raise ValueError(f"{path}: truncated, the tar breaks off at byte {os.path.getsize(path)}")
-        if rest.strip(b"\0"):
-            raise ValueError(f"{path}: more than zeros after its last file, at byte {tar.offset}: "
-                             "a damaged header, or two tars in one file")
-
-def tar_samples(path):
-    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order. A key ends at
-    the first dot of the file name. A key that comes again is another sample, as in webdataset."""
-    samples, of_key, fault = [], defaultdict(dict), ""
-    try:
-        for name, offset, size in tar_members(path):
-            stem, dot, extension = name.rpartition("/")[2].partition(".")
-            key, extension = name.removesuffix(dot + extension), extension.lower()
-            if not stem:
-                continue  # a hidden file, such as macOS puts beside others
-            if extension in of_key[key]:  # names start again: what follows belongs to no sample from before
-                samples += of_key.items()
-                of_key.clear()
-            of_key[key][extension] = offset, size
-    except ValueError as error:
-        fault = str(error)
+            fault = "truncated" if "end of data" in str(error) else what_it_is(path)
     samples += of_key.items()
-    return samples, fault or ("" if samples else f"{path}: a tar without files")
+    return samples, f"{path}: {fault}" if fault else ""
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
-def index_shard(path):
-    """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of a shard."""
+def index_shard(path, number):
+    """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of shard `number`."""
     (samples, fault), rows, lost = tar_samples(path), [], []
     for key, files in samples:
         image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
         text = files.get("txt") or files.get("json")
         pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
         if image and text:
-            rows.append((0, *image, *text, "txt" not in files))
+            rows.append((number, *image, *text, "txt" not in files))
             # x.seg.png beside x.jpg is no sample; with x.seg.txt beside it, it was meant to be one.
             pictures = [name for name in pictures if f"{name.rpartition('.')[0]}.txt" in files]
         elif not pictures:
@@ -185,20 +172,18 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    paths = [os.path.join(folder, f"index.{kind}") for kind in ("npy", "json")]
+    paths = [os.path.join(folder, name) for name in ("index.npy", "index.json")]
     index, faults, lost = None, [], {}
-    with suppress(Exception):  # not there yet, or damaged: it is only a copy
-        with open(paths[1]) as file:
-            stored = json.load(file)
+    with suppress(Exception), open(paths[1]) as file:  # not there yet, or damaged: it is only a copy
+        stored = json.load(file)
         if folder and stored["stamp"] == stamp:
             index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
     if index is None:
-        parts = [np.empty(0, INDEX)]
+        parts, jobs = [], (index_shard, shards, range(len(shards)))
         with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
-            results = pool.map(index_shard, shards, chunksize=4) if workers else map(index_shard, shards)
+            results = pool.map(*jobs, chunksize=4) if workers else map(*jobs)
             bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
-            for number, (rows, missing, fault) in enumerate(bar):
-                rows["shard"] = number
+            for rows, missing, fault in bar:
                 parts.append(rows)
                 faults += [fault] if fault else []
                 for cause, name in missing:  # {cause: [how many, the first]}
@@ -356,17 +341,15 @@ BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256
 
 # What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are
 # read as Windows-1252, quotes become straight, ligatures letters, full and half width letters plain ones.
-FIXES = dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xFEFF,
-                       *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)])
+GONE = *range(9), 11, *range(14, 32), 127, 0xFEFF, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)
+PLAIN = *map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)
+FIXES = dict.fromkeys(GONE) | {code: unicodedata.normalize("NFKC", chr(code)) for code in PLAIN}
 FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
 FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-FIXES |= {ord(c): "".join(chr(int(code, 16)) for code in unicodedata.decomposition(c).split()[1:])
-          for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"}
-FIXES |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
+FIXES[ord("ﬅ")] = "ſt"
 
-# CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _;
-# \d is only the decimal digits, so the other numbers (such as ² or ½) are listed. [a-z] is for speed alone.
-# CLIP's pattern ignores case, and ſ is another case of s.
+# CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _; \d is only
+# the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is another case of s.
 NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(rf"'(?:[sſtmd]|re|ve|ll)|(?:[a-z]|[^\W\d_{NUMBERS}])+|[\d{NUMBERS}]|(?:[^\s\w]|_)+")
 MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
@@ -742,7 +725,7 @@ def main():
             samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {message(error)}")
+        raise SystemExit(f"error: {message(error)}")
 
 if __name__ == "__main__":
     main()
