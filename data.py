@@ -380,9 +380,7 @@ def learn_merges(captions, num_merges, progress=False):
         for pair in pairwise(word.split()):
             pair_count[pair] += times[number]
             holders[pair].add(number)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
-    merges = []
+    heap, merges = sorted((-count, pair) for pair, count in pair_count.items()), []  # sorted is a heap
     for _ in tqdm(range(num_merges), "learning merges", delay=2, leave=False, disable=not progress):
         count, pair = heapq.heappop(heap) if heap else (0, None)
         while -count != pair_count[pair]:  # an old count: put the pair back with its present one
@@ -464,13 +462,12 @@ def word_chances(captions, threshold=1e-6, least=5):
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
     lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
-    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]).
-    Captions are shortened in the first `masked` batches. A sample that does not decode leaves a black image
-    and its cause in the list `lost`. If a disk fails, `fault` is its message, else ""."""
+    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). The
+    first `masked` batches have shortened captions. A sample that does not decode has a black image, and its
+    cause is in the list `lost`. If a disk fails, `fault` is its message, else ""."""
     def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
-        self.config, self.shards, self.index, self.order = config, shards, index, order
-        self.tokenizer, self.epoch = tokenizer, epoch
-        self.whole, self.chances, self.masked = whole, chances, masked
+        self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
+        self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
 
     def __getitem__(self, number):
         config, samples, lost, fault = self.config, self.order[number], [], ""
@@ -547,8 +544,7 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
     os.makedirs(folder, exist_ok=True)
     shard = -1
     for shard, part in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
-        with (write_whole(os.path.join(folder, name.format(shard))) as file,
-              tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar):
+        with write_whole(f"{folder}/{name.format(shard)}") as file, tarfile.open(None, "w", file) as tar:
             for number, files in part:
                 for extension, raw in files.items():
                     member = tarfile.TarInfo(f"{number:09d}.{extension}")
@@ -687,9 +683,8 @@ def make_demo(folder):
     """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it is there."""
     if os.path.isdir(folder):
         return
-    part = folder + ".part"
     for split, number in SPLITS.items():
-        kind, target = "cls" if split in ("seen", "unseen") else "txt", os.path.join(part, split)
+        kind, target = "cls" if split in ("seen", "unseen") else "txt", f"{folder}.part/{split}"
         scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
         samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
         if split == "train":
@@ -697,9 +692,9 @@ def make_demo(folder):
             continue
         texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")], **TEXTS[kind]}
         for name, lines in texts.items():
-            with open(os.path.join(target, name), "w") as file:
+            with open(f"{target}/{name}", "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
-    os.replace(part, folder)  # under its name only when whole
+    os.replace(folder + ".part", folder)  # under its name only when whole
 
 # -----------------------------------------------------------------------------
 # Main.
