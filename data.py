@@ -106,9 +106,8 @@ def tar_samples(path):
     tar, those before its fault. A key ends at the first dot of the file name. A key that comes again is
     another sample, as in webdataset. Names are labels, never paths on disk."""
     samples, of_key, fault = [], defaultdict(dict), ""
-    with open(path, "rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")
+    try:
+        with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
                 if tar.offset <= member.offset:
@@ -121,18 +120,18 @@ def tar_samples(path):
                     samples += of_key.items()
                     of_key.clear()
                 of_key[key][extension] = member.offset_data, member.size
-            # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
-            rest = os.pread(file.fileno(), 1 << 24, tar.offset)
-            if not rest or len(rest) % 512:
-                fault = f"truncated, the tar breaks off at byte {os.path.getsize(path)}"
-            elif rest.strip(b"\0"):
-                fault = f"more than zeros at its end, byte {tar.offset}: a damaged header, or two tars in one"
-            elif not of_key:
-                fault = "a tar without files"
-        except OSError:
-            raise  # the disk's fault
-        except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-            fault = "truncated" if "end of data" in str(error) else what_it_is(path)
+            rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
+        # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
+        if not rest or len(rest) % 512:
+            fault = f"truncated, the tar breaks off at byte {os.path.getsize(path)}"
+        elif rest.strip(b"\0"):
+            fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
+        elif not of_key:
+            fault = "a tar without files"
+    except OSError:
+        raise  # the disk's fault
+    except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
+        fault = "truncated" if "end of data" in str(error) else what_it_is(path)
     samples += of_key.items()
     return samples, f"{path}: {fault}" if fault else ""
 
@@ -289,10 +288,9 @@ def random_box(width, height, scale, rng):
     return np.array([left, top, left + w, top + h])
 
 def crops(image, boxes, size):
-    """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
-    A JPEG that is not loaded yet is decoded no larger than needed."""
-    # A JPEG decodes sooner to a half, quarter or eighth of its size. Where the resize still shrinks that to
-    # two thirds or less, photographs lose no more by it than by being saved once more at quality 90.
+    """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB."""
+    # A JPEG not yet loaded decodes sooner to a half, quarter or eighth of its size. Where the resize shrinks
+    # that to two thirds or less, photographs lose no more by it than by being saved again at quality 90.
     width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
@@ -380,7 +378,7 @@ def learn_merges(captions, num_merges, progress=False):
         for pair in pairwise(word.split()):
             pair_count[pair] += times[number]
             holders[pair].add(number)
-    heap, merges = sorted((-count, pair) for pair, count in pair_count.items()), []  # sorted is a heap
+    heap, merges = sorted((-count, pair) for pair, count in pair_count.items()), []  # a sorted list is a heap
     for _ in tqdm(range(num_merges), "learning merges", delay=2, leave=False, disable=not progress):
         count, pair = heapq.heappop(heap) if heap else (0, None)
         while -count != pair_count[pair]:  # an old count: put the pair back with its present one
