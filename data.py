@@ -344,7 +344,7 @@ PLAIN = *map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *
 FIXES = dict.fromkeys(GONE) | {code: unicodedata.normalize("NFKC", chr(code)) for code in PLAIN}
 FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
 FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-FIXES[ord("ﬅ")] = "ſt"
+FIXES[ord("ﬅ")] = "ſt"  # NFKC says st
 
 # CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _; \d is only
 # the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is another case of s.
