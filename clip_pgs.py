@@ -871,9 +871,9 @@ def epoch_loader(run, epoch, steps):
     config, (rank, world_size) = run.config, ranks()
     order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
     batches = data.Batches(
-        run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank], run.tokenizer,
-        config.image_size, config.scale, (config.seed, epoch), config.views, run.ema and config.views == 2,
-        config.text_tokens, run.chances, run.masked_steps - epoch * run.steps_per_epoch)
+        config, run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank],
+        run.tokenizer, epoch, whole=run.ema and config.views == 2, chances=run.chances,
+        masked=run.masked_steps - epoch * run.steps_per_epoch)
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=config.workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import signal
-import sys
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -64,16 +63,17 @@ def what_it_is(path, otherwise="not a tar"):
         return "a Git LFS pointer: run `git lfs pull`"
     return otherwise if head else f"empty file, {otherwise}"
 
+# What to say to a user whose error contains these words.
+HINTS = {"KeyboardInterrupt": "interrupted",
+         "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
+         "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
+         "DataLoader worker": "a worker was killed, perhaps for lack of memory: pass fewer --workers"}
+
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory; half the --batch-size and twice the --accum give the same update with less"
-    if "shared memory" in str(error):
-        return "too little shared memory: pass --workers 0, or give a container more by docker's --shm-size"
-    if "DataLoader worker" in str(error):
-        return "a worker was killed, perhaps for lack of memory: pass fewer --workers"
+    for sign, hint in HINTS.items():
+        if sign in repr(error):
+            return hint
     if getattr(error, "filename", None):
         return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, (ValueError, OSError)) else ""
@@ -87,80 +87,66 @@ def expand(patterns):
     Numbers keep their width. ValueError for a path that is not there or a pattern that matches nothing."""
     paths = []
     for path in patterns:
+        if os.path.isdir(path):
+            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
         braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
         if braces:
             numbers = range(int(braces[1]), int(braces[2]) + 1)
             found = expand(path.replace(braces[0], str(n).zfill(len(braces[1])), 1) for n in numbers)
-        elif os.path.isdir(path):
-            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
         else:
             found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
-            raise ValueError(f"--data {path}: {'the range is empty' if braces else why}")
+            raise ValueError(f"--data {path}: {'an empty range' if braces else why}")
         paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
-def tar_members(path):
-    """Yields (name, offset, size) of each plain file in a tar; links, devices and folders are passed over.
-    Names are labels, never paths on disk. ValueError if the tar is damaged; what came before is whole."""
-    with open(path, "rb") as file:
-        at = -1
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")
+def tar_samples(path):
+    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order; of a damaged
+    tar, those before its fault. A key ends at the first dot of the file name. A key that comes again is
+    another sample, as in webdataset. Names are labels, never paths on disk."""
+    samples, of_key, fault = [], defaultdict(dict), ""
+    try:
+        with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if member.offset <= at:
+                if tar.offset <= member.offset:
                     raise ValueError("a header with a negative size")
-                at = member.offset
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-        except OSError:
-            raise  # the disk's fault
-        except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-            what = "truncated" if at >= 0 and "end of data" in str(error) else what_it_is(path)
-            raise ValueError(f"{path}: {what}") from None
+                stem, dot, extension = member.name.rpartition("/")[2].partition(".")
+                if not stem or not member.isfile():
+                    continue  # a hidden file, such as macOS puts beside others; a folder, link or device
+                key, extension = member.name.removesuffix(dot + extension), extension.lower()
+                if extension in of_key[key]:  # names start again: what follows belongs to no sample so far
+                    samples += of_key.items()
+                    of_key.clear()
+                of_key[key][extension] = member.offset_data, member.size
+            rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
-        file.seek(tar.offset)
-        rest = file.read(1 << 24)
         if not rest or len(rest) % 512:
-            raise ValueError(f"{path}: truncated, the tar breaks off at byte {os.path.getsize(path)}")
-        if rest.strip(b"\0"):
-            raise ValueError(f"{path}: more than zeros after its last file, at byte {tar.offset}: "
-                             "a damaged header, or two tars in one file")
-
-def tar_samples(path):
-    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order. A key ends at
-    the first dot of the file name. A key that comes again is another sample, as in webdataset."""
-    samples, of_key = [], {}
-    try:
-        for name, offset, size in tar_members(path):
-            stem, dot, extension = name.rpartition("/")[2].partition(".")
-            key, extension = name.removesuffix(dot + extension), extension.lower()
-            if not stem:
-                continue  # a hidden file, such as macOS puts beside others
-            if extension in of_key.get(key, {}):
-                of_key.clear()  # names start again: nothing that follows belongs to a sample from before
-            if key not in of_key:
-                of_key[key] = {}
-                samples.append((key, of_key[key]))
-            of_key[key][extension] = offset, size
-    except ValueError as error:
-        return samples, str(error)
-    return samples, "" if samples else f"{path}: a tar without files"
+            fault = f"truncated, the tar breaks off at byte {os.path.getsize(path)}"
+        elif rest.strip(b"\0"):
+            fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
+        elif not of_key:
+            fault = "a tar without files"
+    except OSError:
+        raise  # the disk's fault
+    except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
+        fault = "truncated" if "end of data" in str(error) else what_it_is(path)
+    samples += of_key.items()
+    return samples, f"{path}: {fault}" if fault else ""
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
-def index_shard(path):
-    """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of a shard."""
+def index_shard(path, number):
+    """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of shard `number`."""
     (samples, fault), rows, lost = tar_samples(path), [], []
     for key, files in samples:
         image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
         text = files.get("txt") or files.get("json")
         pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
         if image and text:
-            rows.append((0, *image, *text, "txt" not in files))
+            rows.append((number, *image, *text, "txt" not in files))
             # x.seg.png beside x.jpg is no sample; with x.seg.txt beside it, it was meant to be one.
             pictures = [name for name in pictures if f"{name.rpartition('.')[0]}.txt" in files]
         elif not pictures:
@@ -185,20 +171,18 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    paths = [os.path.join(folder, f"index.{kind}") for kind in ("npy", "json")]
+    paths = [os.path.join(folder, name) for name in ("index.npy", "index.json")]
     index, faults, lost = None, [], {}
-    with suppress(Exception):  # not there yet, or damaged: it is only a copy
-        with open(paths[1]) as file:
-            stored = json.load(file)
+    with suppress(Exception), open(paths[1]) as file:  # not there yet, or damaged: it is only a copy
+        stored = json.load(file)
         if folder and stored["stamp"] == stamp:
             index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
     if index is None:
-        parts = [np.empty(0, INDEX)]
+        parts, jobs = [], (index_shard, shards, range(len(shards)))
         with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
-            results = pool.map(index_shard, shards, chunksize=4) if workers else map(index_shard, shards)
+            results = pool.map(*jobs, chunksize=4) if workers else map(*jobs)
             bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
-            for number, (rows, missing, fault) in enumerate(bar):
-                rows["shard"] = number
+            for rows, missing, fault in bar:
                 parts.append(rows)
                 faults += [fault] if fault else []
                 for cause, name in missing:  # {cause: [how many, the first]}
@@ -248,27 +232,23 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
-def open_image(raw):
-    """The picture in `raw` bytes, of which only the header has been read. Any exception if it is none."""
-    image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-    return image
-
 @contextmanager
-def decoding():
-    """Whatever Pillow's decoders raise (OSError, SyntaxError, struct.error ...) becomes a ValueError."""
+def open_image(raw):
+    """In a `with`: the picture in `raw` bytes, whose pixels are decoded when they are needed. ValueError with
+    the cause for whatever Pillow raises in there (OSError, SyntaxError, struct.error ...)."""
     try:
-        yield
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        yield image
     except Exception as error:
         raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
 
-@decoding()
 def decode_image(raw):
-    """The picture in `raw` bytes, loaded, in its own mode. ValueError with the cause if it is damaged."""
-    image = open_image(raw)
-    image.load()
-    return image
+    """The picture in `raw` bytes, decoded, in its own mode. ValueError with the cause if it is damaged."""
+    with open_image(raw) as image:
+        image.load()
+        return image
 
 def eight_bits(image):
     """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
@@ -308,10 +288,9 @@ def random_box(width, height, scale, rng):
     return np.array([left, top, left + w, top + h])
 
 def crops(image, boxes, size):
-    """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB.
-    A JPEG that is not loaded yet is decoded no larger than needed."""
-    # A JPEG decodes sooner to a half, quarter or eighth of its size. Where the resize still shrinks that to
-    # two thirds or less, photographs lose no more by it than by being saved once more at quality 90.
+    """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB."""
+    # A JPEG not yet loaded decodes sooner to a half, quarter or eighth of its size. Where the resize shrinks
+    # that to two thirds or less, photographs lose no more by it than by being saved again at quality 90.
     width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
@@ -360,17 +339,15 @@ BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256
 
 # What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are
 # read as Windows-1252, quotes become straight, ligatures letters, full and half width letters plain ones.
-FIXES = dict.fromkeys([*range(9), 11, *range(14, 32), 127, 0xFEFF,
-                       *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)])
+GONE = *range(9), 11, *range(14, 32), 127, 0xFEFF, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)
+PLAIN = *map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)
+FIXES = dict.fromkeys(GONE) | {code: unicodedata.normalize("NFKC", chr(code)) for code in PLAIN}
 FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
 FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-FIXES |= {ord(c): "".join(chr(int(code, 16)) for code in unicodedata.decomposition(c).split()[1:])
-          for c in "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"}
-FIXES |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFF0))}
+FIXES[ord("ﬅ")] = "ſt"  # NFKC says st
 
-# CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _;
-# \d is only the decimal digits, so the other numbers (such as ² or ½) are listed. [a-z] is for speed alone.
-# CLIP's pattern ignores case, and ſ is another case of s.
+# CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _; \d is only
+# the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is another case of s.
 NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
 WORD = re.compile(rf"'(?:[sſtmd]|re|ve|ll)|(?:[a-z]|[^\W\d_{NUMBERS}])+|[\d{NUMBERS}]|(?:[^\s\w]|_)+")
 MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
@@ -386,26 +363,22 @@ def split_words(text):
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
     return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in WORD.findall(text)]
 
+def join(word, pair):
+    """A word such as " c  a  t</w> ", with each of a pair's places joined: " ca  t</w> "."""
+    return word.replace(" %s  %s " % pair, " %s%s " % pair)
+
 def learn_merges(captions, num_merges, progress=False):
     """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first,
-    none that occurs once. All words stand in one row; a merge visits the places of its pair only."""
+    none that occurs once. A merge visits the words that hold its pair, and counts their pairs anew."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
-    symbols, left, right, times = [], [], [], []  # per place: symbol, places of its neighbours or -1, count
-    for word, count in counts.items():
-        start, end = len(symbols), len(symbols) + len(word)
-        symbols += [*word[:-1], word[-1] + "</w>"]
-        left += [-1, *range(start, end - 1)]
-        right += [*range(start + 1, end), -1]
-        times += [count] * len(word)
-    pair_count, places = Counter(), defaultdict(list)
-    for place, after in enumerate(right):
-        if after >= 0:
-            pair_count[symbols[place], symbols[after]] += times[place]
-            places[symbols[place], symbols[after]].append(place)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
-    merges = []
+    words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
+    pair_count, holders = Counter(), defaultdict(set)  # of a pair: how often it occurs, numbers of its words
+    for number, word in enumerate(words):
+        for pair in pairwise(word.split()):
+            pair_count[pair] += times[number]
+            holders[pair].add(number)
+    heap, merges = sorted((-count, pair) for pair, count in pair_count.items()), []  # a sorted list is a heap
     for _ in tqdm(range(num_merges), "learning merges", delay=2, leave=False, disable=not progress):
         count, pair = heapq.heappop(heap) if heap else (0, None)
         while -count != pair_count[pair]:  # an old count: put the pair back with its present one
@@ -414,20 +387,15 @@ def learn_merges(captions, num_merges, progress=False):
             break
         merges.append(" ".join(pair))
         joined, grown = "".join(pair), set()
-        for place in sorted(places.pop(pair)):
-            after = right[place]
-            if after < 0 or (symbols[place], symbols[after]) != pair:
-                continue  # another merge was here
-            symbols[place], symbols[after], right[place] = joined, None, right[after]
-            for a, b, old in ((left[place], place, pair[0]), (place, right[place], pair[1])):
-                if a >= 0 and b >= 0:
-                    pair_count[(symbols[a], old) if b == place else (old, symbols[b])] -= times[place]
-                    pair_count[symbols[a], symbols[b]] += times[place]
-                    places[symbols[a], symbols[b]].append(a)
-                    grown.add((symbols[a], symbols[b]))
-            if right[place] >= 0:
-                left[right[place]] = place
-        del pair_count[pair]
+        for number in holders.pop(pair):
+            for old in pairwise(words[number].split()):
+                pair_count[old] -= times[number]
+            words[number] = join(words[number], pair)
+            for new in pairwise(words[number].split()):
+                pair_count[new] += times[number]
+                if joined in new:
+                    holders[new].add(number)
+                    grown.add(new)
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
@@ -459,14 +427,13 @@ class Tokenizer:
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
         """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
-        # With spaces around each symbol, such as " c  a  t</w> ", a merge makes " ca " of " c  a ".
         word = f" {'  '.join(word)}</w> "
         while True:
             symbols = word.split()
             pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf), default=None)
             if pair not in self.rank:
                 return [self.ids[symbol] for symbol in symbols]
-            word = word.replace(" %s  %s " % pair, " %s%s " % pair)
+            word = join(word, pair)
 
     def encode(self, captions):
         """(N, T) int64 of a list of str, or of lists of words of byte symbols: <start>, ids, <end>, zeros.
@@ -492,32 +459,30 @@ def word_chances(captions, threshold=1e-6, least=5):
 
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
-    lost, fault. order: (steps, B) sample numbers; V: views. With `whole`, images has one more row: the part
-    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]).
-    Captions are shortened in the first `masked` batches. A sample that does not decode leaves a black image
-    and its cause in the list `lost`. If a disk fails, `fault` is its message, else ""."""
-    def __init__(self, shards, index, order, tokenizer, image_size, scale, seed, views=1, whole=False,
-                 text_tokens=0, chances=None, masked=0):
-        self.shards, self.index, self.order, self.tokenizer = shards, index, order, tokenizer
-        self.image_size, self.scale, self.seed, self.views, self.whole = image_size, scale, seed, views, whole
-        self.text_tokens, self.chances, self.masked = text_tokens, chances, masked
+    lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
+    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). The
+    first `masked` batches have shortened captions. A sample that does not decode has a black image, and its
+    cause is in the list `lost`. If a disk fails, `fault` is its message, else ""."""
+    def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
+        self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
+        self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
 
     def __getitem__(self, number):
-        samples, size, lost, fault = self.order[number], self.image_size, [], ""
-        images = torch.zeros(self.views + bool(self.whole), len(samples), 3, size, size, dtype=torch.uint8)
-        boxes, decoded = torch.zeros(self.views, len(samples), 4), torch.ones(len(samples), dtype=torch.bool)
-        words = [[] for _ in samples]
+        config, samples, lost, fault = self.config, self.order[number], [], ""
+        V, B, size = config.views, len(samples), config.image_size
+        images = torch.zeros(V + bool(self.whole), B, 3, size, size, dtype=torch.uint8)
+        boxes, decoded, words = torch.zeros(V, B, 4), torch.ones(B, dtype=torch.bool), [[] for _ in samples]
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
             # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
-            rng = np.random.default_rng([*self.seed, sample])
+            rng = np.random.default_rng([config.seed, self.epoch, sample])
             try:
                 texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
                 words[i] = split_words(texts[rng.integers(len(texts))])
-                with decoding():
-                    image = upright(open_image(raw))
-                    found = np.stack([random_box(*image.size, self.scale, rng) for _ in range(self.views)])
+                with open_image(raw) as image:
+                    image = upright(image)
+                    found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
                     around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
                     images[:, i] = crops(image, np.vstack([found, around])[:len(images)], size)
             except OSError as error:
@@ -526,11 +491,11 @@ class Batches(torch.utils.data.Dataset):
                 decoded[i] = False
                 lost.append(str(error))
             else:
-                sides = np.tile(around[2:] - around[:2], 2)
-                boxes[:, i] = torch.from_numpy((found - around[[0, 1, 0, 1]]) / sides)
-                for view in images[:self.views, i] if self.views > 1 else ():
+                corner, sides = np.tile(around[:2], 2), np.tile(around[2:] - around[:2], 2)
+                boxes[:, i] = torch.from_numpy((found - corner) / sides)
+                for view in images[:V, i] if V > 1 else ():
                     view.copy_(augment(view, rng))
-                if self.text_tokens and number < self.masked:
+                if config.text_tokens and number < self.masked:
                     words[i] = self.shorten(words[i], rng)
         batch = images, boxes, self.tokenizer.encode(words), decoded
         if torch.utils.data.get_worker_info():
@@ -546,7 +511,7 @@ class Batches(torch.utils.data.Dataset):
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
-        return [words[i] for i in sorted(order[sizes.cumsum() <= self.text_tokens])]
+        return [words[i] for i in sorted(order[sizes.cumsum() <= self.config.text_tokens])]
 
 def captions(shard, row):
     """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
@@ -555,12 +520,9 @@ def captions(shard, row):
     try:
         found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         found = json.loads(found)["caption"] if row["json"] else found
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json") from None
-    lines = found.splitlines() if isinstance(found, str) else found
-    lines = lines if isinstance(lines, list) else []
+        raise ValueError(f"no caption in UTF-8 in the {'json' if row['json'] else 'txt'}") from None
+    lines = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
         raise ValueError("empty caption")
@@ -580,8 +542,7 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
     os.makedirs(folder, exist_ok=True)
     shard = -1
     for shard, part in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
-        with (write_whole(os.path.join(folder, name.format(shard))) as file,
-              tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar):
+        with write_whole(f"{folder}/{name.format(shard)}") as file, tarfile.open(None, "w", file) as tar:
             for number, files in part:
                 for extension, raw in files.items():
                     member = tarfile.TarInfo(f"{number:09d}.{extension}")
@@ -593,10 +554,11 @@ def read_caption_list(path):
     """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            image, _, caption = raw.decode("utf-8-sig", "replace").rstrip("\r\n").partition("\t")
-            if not image or not caption.strip() or "\ufffd" in image + caption and b"\xef\xbf\xbd" not in raw:
-                raise ValueError(f"{path}, line {number}: expected `image path <TAB> caption` in UTF-8, got "
-                                 f"{raw.decode('utf-8', 'replace')!r:.80}")
+            line = raw.decode("utf-8-sig", "replace").rstrip("\r\n")
+            image, _, caption = line.partition("\t")
+            if not image or not caption.strip() or line.encode() not in raw:  # then it is not UTF-8
+                what = f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}"
+                raise ValueError(f"{path}, line {number}: {what}")
             yield number, image, caption
 
 def list_samples(path):
@@ -719,9 +681,8 @@ def make_demo(folder):
     """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it is there."""
     if os.path.isdir(folder):
         return
-    part = folder + ".part"
     for split, number in SPLITS.items():
-        kind, target = "cls" if split in ("seen", "unseen") else "txt", os.path.join(part, split)
+        kind, target = "cls" if split in ("seen", "unseen") else "txt", f"{folder}.part/{split}"
         scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
         samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
         if split == "train":
@@ -729,9 +690,9 @@ def make_demo(folder):
             continue
         texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")], **TEXTS[kind]}
         for name, lines in texts.items():
-            with open(os.path.join(target, name), "w") as file:
+            with open(f"{target}/{name}", "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
-    os.replace(part, folder)  # under its name only when whole
+    os.replace(folder + ".part", folder)  # under its name only when whole
 
 # -----------------------------------------------------------------------------
 # Main.
@@ -757,7 +718,7 @@ def main():
             samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
             print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {message(error)}")
+        raise SystemExit(f"error: {message(error)}")
 
 if __name__ == "__main__":
     main()

@@ -172,7 +172,8 @@ def bench_data(options):
             spent += Counter(read=read - start, decode=decoded - read, augment=augmented - decoded,
                              tokenise=time.perf_counter() - augmented)
         start = time.perf_counter()
-        data.Batches(shards, rows, order, data.Tokenizer(merges), options.image_size, (0.9, 1.0), (0, 0))[0]
+        config = clip_pgs.Config(image_size=options.image_size)
+        data.Batches(config, shards, rows, order, data.Tokenizer(merges), epoch=0)[0]
         for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
             seconds[stage] += [time_spent] if number else []
     each = {stage: np.median(times) / len(rows) for stage, times in seconds.items()}
@@ -281,7 +282,7 @@ def bench_open_clip(options):
     logging.disable(logging.INFO)
     order = data.epoch_order(index, 0, 0)[:len(index) // B * B].reshape(-1, B)
     tokenizer = data.Tokenizer.from_file(options.vocab)
-    ours = data.Batches([options.shard], index, order, tokenizer, 224, (0.9, 1.0), (0, 0))
+    ours = data.Batches(clip_pgs.Config(), [options.shard], index, order, tokenizer, epoch=0)
     theirs = get_wds_dataset(
         SimpleNamespace(train_data=options.shard, train_num_samples=order.size,
                         train_data_upsampling_factors=None, seed=0, workers=0, world_size=1, batch_size=B),
