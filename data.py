@@ -520,8 +520,10 @@ def captions(shard, row):
     try:
         found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         found = json.loads(found)["caption"] if row["json"] else found
+    except UnicodeDecodeError:
+        raise ValueError("caption is not UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"no caption in UTF-8 in the {'json' if row['json'] else 'txt'}") from None
+        raise ValueError("no caption in the json") from None
     lines = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
