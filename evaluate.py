@@ -17,13 +17,13 @@ import os
 import sys
 import textwrap
 import warnings
-import zipfile
 from collections import defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import fields
 from functools import partial
-from itertools import islice
+from itertools import count, cycle, islice
+from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,22 +67,18 @@ def read_folder(folder, split="test"):
 def read_lines(path):
     """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().splitlines()] or [""]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; expected a folder in CLIP_benchmark's layout") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()] or [""]
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ValueError(f"{path}: missing or not UTF-8; expected CLIP_benchmark's layout") from None
     if "" in lines:
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
 def read_split(folder, split, extension):
     """[Sample], [str]: the images of a split and the text of the `extension` file beside each, in order."""
-    number = read_lines(f"{folder}/{split}/nshards.txt")[0]
+    number, samples, texts = read_lines(f"{folder}/{split}/nshards.txt")[0], [], []
     if not number.isdecimal() or int(number) == 0:
         raise ValueError(f"{folder}/{split}/nshards.txt: '{number}', expected the number of shards")
-    samples, texts = [], []
     for shard in (f"{folder}/{split}/{i}.tar" for i in range(int(number))):
         if not os.path.exists(shard):
             raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
@@ -335,10 +331,9 @@ def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
 
 def read_questions(path):
     """(images' file names, captions, negative captions) of one of SugarCrepe's json files."""
+    parts = itemgetter("filename", "caption", "negative_caption")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = [(x["filename"], x["caption"], x["negative_caption"]) for x in json.load(file).values()]
-        names, captions, negatives = zip(*rows)  # a ValueError if there is none
+        names, captions, negatives = zip(*map(parts, json.loads(Path(path).read_bytes()).values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: expected a filename, caption, negative_caption per question") from None
     return names, captions, negatives
@@ -349,31 +344,26 @@ def read_questions(path):
 TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line of text
 COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #17becf #7f7f7f #bcbd22".split()
 
-def sheet(path, rows):
-    """Writes a PNG of rows (title, [(picture (3, H, W) uint8, text below it, color of the frame)])."""
-    left = 240 if any(title for title, _ in rows) else 0
-    lines = max(text.count("\n") + bool(text) for _, tiles in rows for _, text, _ in tiles)
+def sheet(path, tiles, columns):
+    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it, color of its frame)."""
+    lines = max(text.count("\n") + bool(text) for _, text, _ in tiles)
     width, height = TILE + 2 * GAP, TILE + 2 * GAP + LINE * lines
-    right = left + width * max(len(tiles) for _, tiles in rows)
-    image = Image.new("RGB", (right, len(rows) * height), "white")
+    image = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
     draw = ImageDraw.Draw(image)
-    for row, (title, tiles) in enumerate(rows):
-        draw.text((GAP, row * height + GAP), textwrap.fill(title, 34), "black", font_size=12)
-        for column, (picture, text, color) in enumerate(tiles):
-            x, y = left + column * width + GAP, row * height + GAP
-            draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), color)
-            picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-            how = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
-            image.paste(picture.resize((TILE, TILE), how), (x, y))
-            draw.text((x, y + TILE + 4), text, "black", font_size=12)
+    for number, (picture, text, color) in enumerate(tiles):
+        x, y = number % columns * width + GAP, number // columns * height + GAP
+        draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), color)
+        picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        how = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
+        image.paste(picture.resize((TILE, TILE), how), (x, y))
+        draw.text((x, y + TILE + 4), text, "black", font_size=12)
     image.save(path)
 
 def open_photo(path, size):
     """The middle of a photograph as people see it, upright and on white: (3, size, size) uint8."""
-    with open(path, "rb") as file:
-        raw = file.read()
     try:
-        return resize_and_crop(data.to_rgb(data.upright(data.decode_image(raw))), size)
+        image = data.upright(data.decode_image(Path(path).read_bytes()))
+        return resize_and_crop(data.to_rgb(image), size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -392,30 +382,29 @@ def masked(images, keep, valid, patch_size):
 
 def draw_masks(path, images, keep, valid, patch_size):
     """Writes a PNG of images (B, 3, H, H) uint8 and, below, of what the masks of the first view leave."""
-    rows = [images]
     if keep is not None:
-        rows.append(masked(images, keep[0], valid if valid is None else valid[0], patch_size))
-    sheet(path, [("", [(picture, "", "white") for picture in row]) for row in rows])
+        seen = masked(images, keep[0], valid if valid is None else valid[0], patch_size)
+        images = torch.cat([images, seen])
+    sheet(path, [(picture, "", "white") for picture in images], 8)
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
-    """Ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
-    asked, rows = sorted({number * len(captions) // 10 for number in range(10)}), []
-    for query, found in zip(asked, nearest(texts[asked], images, k=5).tolist()):
-        frames = ["limegreen" if i == image_of_text[query] else "white" for i in found]
-        tiles = [(read_image(samples[i], TILE), "", frame) for i, frame in zip(found, frames)]
-        rows.append((captions[query], tiles))
-    sheet(path, rows)
+    """Up to ten captions, evenly spread, each below its five nearest images; a green frame is on its own."""
+    step, tiles = math.ceil(len(captions) / 10), []
+    nearest_images = nearest(texts[::step], images, k=5).tolist()
+    for caption, own, found in zip(captions[::step], image_of_text[::step], nearest_images):
+        texts = [textwrap.fill(caption, 140), *[""] * (len(found) - 1)]  # one text below the whole row
+        frames = ["limegreen" if i == own else "white" for i in found]
+        tiles += [(read_image(samples[i], TILE), *rest) for i, *rest in zip(found, texts, frames)]
+    sheet(path, tiles, len(found))
 
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
+    names = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames]
     lead = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
-    names, tiles = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames], []
-    for i in lead.argsort(descending=True)[:20].tolist():
-        if lead[i] > 0:
-            text = f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}"
-            tiles.append((read_image(folder.samples[i], TILE), text, "white"))
-    if tiles:  # a perfect score leaves nothing to draw
-        sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
+    worst = [i for i in lead.argsort(descending=True)[:20].tolist() if lead[i] > 0]
+    texts = [f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}" for i in worst]
+    if worst:  # a perfect score leaves nothing to draw
+        sheet(path, [(read_image(folder.samples[i], TILE), text, "white") for i, text in zip(worst, texts)], 5)
 
 def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
@@ -448,14 +437,14 @@ def plot(draw, left, title, series):
 def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' log.jsonl; returns {run: its last metrics}."""
     panels, last = defaultdict(list), {}
-    for log, color in zip(logs, COLORS * len(logs)):
-        curves, metrics = {"loss over steps": []}, {}
+    for log, color in zip(logs, cycle(COLORS)):
+        curves, metrics = defaultdict(list), {}
         for record in read_log(log):
             curves["loss over steps"].append((record["step"], record["loss"]))
             for title, value in first_metrics(record.get("eval", {})).items():
-                curves.setdefault(f"{title}, %, over epochs", []).append((record["epoch"], 100 * value))
+                curves[f"{title}, %, over epochs"].append((record["epoch"], 100 * value))
                 metrics[title] = value
-        if not curves["loss over steps"]:
+        if not curves:
             raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
         for title, points in curves.items():
             x, y = np.array(points).T
@@ -465,10 +454,10 @@ def draw_curves(path, logs):
         last[os.path.dirname(log) or log] = metrics
     image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
     draw = ImageDraw.Draw(image, "RGBA")  # the last two digits of a pale color are its alpha
-    for number, (title, series) in enumerate(panels.items()):
-        plot(draw, 420 * number, title, series)
-    for number, (name, color) in enumerate(zip(last, COLORS * len(logs))):
-        draw.text((50, 320 + 16 * number), name, color, font_size=12)
+    for left, title in zip(count(0, 420), panels):
+        plot(draw, left, title, panels[title])
+    for top, name, color in zip(count(320, 16), last, cycle(COLORS)):
+        draw.text((50, top), name, color, font_size=12)
     image.save(path)
     return last
 
@@ -479,8 +468,20 @@ def draw_curves(path, logs):
 scalar = np.float64(0).__reduce__()[0]
 NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efdilbB?"),
            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "I64": torch.int64}  # of .safetensors
+# What .safetensors calls them.
+TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: a header's length, the header in json, the tensors' bytes."""
+    raw = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, tensors = json.loads(raw[8:start]), {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensor = torch.frombuffer(raw[start + first:start + last], dtype=TYPES[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
 
 def read_checkpoint(path):
     """The dict inside a checkpoint file, tensors on the CPU. ValueError with one line if it is missing,
@@ -490,30 +491,17 @@ def read_checkpoint(path):
             return read_safetensors(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
             warnings.simplefilter("ignore")  # torch prints a warning before it rejects a file; ours follows
-            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-            if any(name.endswith("/constants.pkl") for name in names):
-                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+            with suppress(ValueError, RuntimeError):  # for all that is no TorchScript
+                return torch.jit.load(path, map_location="cpu").state_dict()
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a file of weights") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
+        if isinstance(error, OSError):
+            raise ValueError(f"{path}: {error.strerror}; expected a file of weights") from None
         what = data.what_it_is(path, "damaged, no checkpoint, or one that could run code when loaded")
         raise ValueError(f"{path}: refused ({type(error).__name__}): {what}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
     return state
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: a header's length, the header in json, the tensors' bytes."""
-    with open(path, "rb") as file:
-        raw = bytearray(file.read())
-    start, tensors = 8 + int.from_bytes(raw[:8], "little"), {}
-    for name, entry in json.loads(raw[8:start]).items():
-        if name != "__metadata__":
-            first, last = (start + offset for offset in entry["data_offsets"])
-            tensor = torch.frombuffer(raw[first:last], dtype=TYPES[entry["dtype"]])
-            tensors[name] = tensor.reshape(entry["shape"])
-    return tensors
 
 def load(path, vocab="", quick_gelu=False):
     """(model, tokenizer, config) of a checkpoint; the model is on the CPU, in float32.
@@ -528,16 +516,17 @@ def load(path, vocab="", quick_gelu=False):
              for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
     openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
-    state = {name: tensor for name, tensor in state.items() if name not in openai}
+    for name in openai:
+        del state[name]
     try:
-        known, names = checkpoint["config"] if ours else infer_config(state), fields(clip_pgs.Config)
-        config = clip_pgs.Config(**{f.name: known[f.name] for f in names if f.name in known})
+        known = checkpoint["config"] if ours else infer_config(state)
+        config = clip_pgs.Config(**{k: x for k, x in known.items() if hasattr(clip_pgs.Config, k)})
         config.quick_gelu |= quick_gelu or bool(openai)
         clip_pgs.check(config)
         with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
             model = clip_pgs.CLIP(config)
         model.load_state_dict(state, assign=True)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         cause = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({cause:.300})") from None
     if not ours and not config.quick_gelu:
@@ -557,12 +546,11 @@ def infer_config(state):
     if width % 64 or text_width % 64 or width > 1024:
         # No tensor tells the number of heads. All of CLIP's are 64 wide; those of ViT-H and up are not.
         raise ValueError(f"a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
-    layers = len({name.split(".")[3] for name in state if name.startswith("visual.transformer.resblocks.")})
-    text_layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
-    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-    return dict(model=f"{width}x{layers}-{text_width}x{text_layers}-{state['text_projection'].shape[1]}",
-                image_size=patch_size * side, patch_size=patch_size, context_length=context_length,
-                vocab_size=len(state["token_embedding.weight"]))
+    blocks = [name.startswith("visual.") for name in state if name.endswith(".ln_1.weight")]
+    towers = f"{width}x{blocks.count(True)}-{text_width}x{blocks.count(False)}"
+    return dict(model=f"{towers}-{state['text_projection'].shape[1]}", patch_size=patch_size,
+                image_size=patch_size * math.isqrt(len(state["visual.positional_embedding"]) - 1),
+                context_length=context_length, vocab_size=len(state["token_embedding.weight"]))
 
 # -----------------------------------------------------------------------------
 # Table and main.
@@ -607,8 +595,7 @@ def run(options):
         results |= sugarcrepe(model, tokenizer, config, options.sugarcrepe, options.images, options.workers)
     print(table(results))
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        Path(options.json).write_text(json.dumps(results, indent=1))
 
 def main():
     """The command line."""
