@@ -6,9 +6,8 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Takes checkpoints of clip_pgs.py, weights with open_clip's names (so also the CLIP-PGS authors' files) and
-OpenAI's archives. Top to bottom: folders, embed, classification, retrieval, linear probe, one folder,
-compositionality, pictures, weights, table and main.
+Top to bottom: folders, embed, classification, retrieval, linear probe, one folder, compositionality, pictures,
+weights, table and main.
 """
 import argparse
 import json
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import data
@@ -49,11 +48,11 @@ def read_folder(folder, split="test"):
     typed = os.path.exists(f"{folder}/dataset_type.txt")
     kind = read_lines(f"{folder}/dataset_type.txt")[0].lower() if typed else "classification"
     if kind == "retrieval":
-        samples, texts = read_split(folder, split, "txt")
+        samples, texts = zip(*read_split(f"{folder}/{split}", "txt"))
         return Folder(samples, [text.splitlines() for text in texts], [], [])
     if kind != "classification":
         raise ValueError(f"{folder}/dataset_type.txt: '{kind}', expected retrieval or classification")
-    samples, texts = read_split(folder, split, "cls")
+    samples, texts = zip(*read_split(f"{folder}/{split}", "cls"))
     classnames = read_lines(f"{folder}/classnames.txt")
     templates = read_lines(f"{folder}/zeroshot_classification_templates.txt")
     if wrong := [line for line in templates if "{c}" not in line]:
@@ -61,8 +60,29 @@ def read_folder(folder, split="test"):
     for sample, text in zip(samples, texts):
         if not text.strip().isdecimal() or int(text) >= len(classnames):
             raise ValueError(f"{sample.path}: the label of {sample.name} is '{text.strip()[:20]}', but "
-                             f"classnames.txt has {len(classnames)} lines, for 0 to {len(classnames) - 1}")
+                             f"classnames.txt has {len(classnames)} lines, counted from 0")
     return Folder(samples, [int(text) for text in texts], classnames, templates)
+
+def read_split(folder, extension):
+    """Yields (Sample, text of the `extension` file beside it) for each image of a split, in order."""
+    number = read_lines(f"{folder}/nshards.txt")[0]
+    if not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
+    for shard in (f"{folder}/{i}.tar" for i in range(int(number))):
+        if not os.path.exists(shard):
+            raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
+        members, fault = data.tar_samples(shard)
+        if fault:
+            raise ValueError(fault)
+        for key, files in members:
+            image, text = next((name for name in data.IMAGE_EXTENSIONS if name in files), None), ""
+            if image is None or extension not in files:
+                raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
+            with suppress(UnicodeDecodeError):
+                text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
+            if not text.strip():
+                raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
+            yield Sample(shard, *files[image], f"{key}.{image}"), text
 
 def read_lines(path):
     """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank."""
@@ -74,30 +94,6 @@ def read_lines(path):
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
-def read_split(folder, split, extension):
-    """[Sample], [str]: the images of a split and the text of the `extension` file beside each, in order."""
-    number, samples, texts = read_lines(f"{folder}/{split}/nshards.txt")[0], [], []
-    if not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"{folder}/{split}/nshards.txt: '{number}', expected the number of shards")
-    for shard in (f"{folder}/{split}/{i}.tar" for i in range(int(number))):
-        if not os.path.exists(shard):
-            raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
-        members, fault = data.tar_samples(shard)
-        if fault:
-            raise ValueError(fault)
-        for key, files in members:
-            image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
-            if image is None or extension not in files:
-                raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
-            samples.append(Sample(shard, *files[image], f"{key}.{image}"))
-            try:
-                texts.append(data.read_bytes(shard, *files[extension]).decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                texts.append("")
-            if not texts[-1].strip():
-                raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
-    return samples, texts
-
 # -----------------------------------------------------------------------------
 # Embed: open_clip's evaluation transform, bit for bit, then unit features. Of several ranks, rank r encodes
 # every world_size-th sample from the r-th on, and all get all features.
@@ -107,16 +103,13 @@ IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depen
 def resize_and_crop(image, size):
     """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB.
     Converted last, as open_clip does: a palette image gets its nearest pixels instead of a bicubic mix."""
-    image, bicubic = data.eight_bits(image), Image.Resampling.BICUBIC
+    longest = data.MAX_PIXELS // size ** 2 * min(image.size)  # resized, a longer one would fill the memory
+    image = ImageOps.crop(data.eight_bits(image), tuple(max(0, side - longest) // 2 for side in image.size))
     width, height = (int(size * side / min(image.size)) for side in image.size)  # cut off, not rounded
     left, top = round((width - size) / 2), round((height - size) / 2)
-    box = np.array([left, top, left + size, top + size])
-    if width * height <= data.MAX_PIXELS:
-        image = image.resize((width, height), bicubic).crop(tuple(box))
-    else:  # a picture so long that the whole would fill the memory: only the middle is resized
-        box = box / (width, height, width, height) * (image.size * 2)
-        image = image.resize((size, size), bicubic, tuple(np.minimum(box, image.size * 2)))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + size, top + size)).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def preprocess(image, size):
     """What the encoder sees of a PIL image: (3, size, size) float."""
@@ -132,24 +125,21 @@ def read_image(sample, size):
     except (ValueError, OSError) as error:
         raise ValueError(f"{sample.path}: {sample.name} does not decode ({error})") from None
 
-def image_batches(samples, size, workers):
+def image_batches(samples, size, workers, name=""):
     """Yields (B, 3, size, size) uint8, read two batches ahead. By threads: Pillow works without Python's
     lock, they start at once in the middle of a training run, and an error arrives as it was raised."""
+    starts = tqdm(range(0, len(samples), IMAGE_BATCH), name, leave=False, unit=" batches", disable=not name)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        batches = (pool.map(lambda sample: read_image(sample, size), samples[start:start + IMAGE_BATCH])
-                   for start in range(0, len(samples), IMAGE_BATCH))
+        batches = (pool.map(partial(read_image, size=size), samples[i:i + IMAGE_BATCH]) for i in starts)
         ahead = deque(islice(batches, 2))  # each is at work as soon as it is asked for
         while ahead:
             ahead.extend(islice(batches, 1))
             yield torch.stack([*ahead.popleft()])
 
 def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
-    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says.
-    ValueError on all ranks if a picture of one of them does not decode."""
-    own, device = samples[rank::world_size], model.logit_scale.device
-    batches = tqdm(image_batches(own, config.image_size, workers), name, math.ceil(len(own) / IMAGE_BATCH),
-                   leave=False, unit=" batches", disable=rank > 0)
-    features = (model.encode_image(data.normalize(images.to(device))) for images in batches)
+    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says."""
+    batches = image_batches(samples[rank::world_size], config.image_size, workers, "" if rank else name)
+    features = (model.encode_image(data.normalize(images.to(model.logit_scale.device))) for images in batches)
     return gather(model, features, len(samples), rank, world_size)
 
 def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
@@ -203,12 +193,9 @@ def classification_metrics(scores, labels):
 # -----------------------------------------------------------------------------
 # Retrieval: find the image of a caption, and a caption of an image.
 
-QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in memory
-
 def nearest(queries, gallery, k=10):
     """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first."""
-    scores = (rows @ gallery.T for rows in queries.split(QUERIES))
-    return torch.cat([some.topk(min(k, len(gallery))).indices for some in scores])
+    return (queries @ gallery.T).topk(min(k, len(gallery))).indices
 
 def retrieval_metrics(image_features, text_features, image_of_text):
     """Recall at 1, 5, 10 in both directions, of features (I, E), (T, E); image_of_text (T,): the image of a
@@ -270,8 +257,8 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
     if not this.classnames:
-        captions = [caption for captions in this.targets for caption in captions]
-        image_of_text = [i for i, captions in enumerate(this.targets) for _ in captions]
+        pairs = [(i, caption) for i, captions in enumerate(this.targets) for caption in captions]
+        image_of_text, captions = zip(*pairs)
         texts = embed_texts(model, tokenizer, captions, rank, world_size)
         if pictures:
             draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
@@ -286,8 +273,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         known = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
         targets = torch.tensor(train.targets, device=images.device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, targets, images, labels, len(this.classnames))
-        print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best of "
-              f"{len(TRIED_C)} on a held-out tenth ({held_out:.1%} right), then refit on all")
+        print(f"{name}: linear probe on {len(known)} images, C = {C:.3g}: {held_out:.1%} of a held-out tenth")
     return metrics
 
 def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
@@ -302,8 +288,7 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
 
 def first_metrics(results):
     """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
-    firsts = [(os.path.basename(os.path.normpath(folder)), *next(iter(metrics.items())))
-              for folder, metrics in results.items()]
+    firsts = [(os.path.basename(os.path.normpath(f)), *next(iter(m.items()))) for f, m in results.items()]
     return {f"{folder} {name.replace('_retrieval_recall', '')}": value
             for folder, name, value in firsts if name != "failed"}
 
@@ -316,27 +301,26 @@ SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
     """{"sugar_crepe/replace_obj": {"acc": ...}, ...}: the seven json files of a folder, then the mean of each
     kind. images: COCO's val2017. Many questions are about one image: it is encoded once."""
-    files, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
-    names = sorted({name for asked, _, _ in files.values() for name in asked})
-    samples = [Sample(os.path.join(images, name), 0, -1, name) for name in names]
+    questions, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
+    names = sorted({name for asked, *_ in questions.values() for name in asked})
+    samples = [Sample(f"{images}/{name}", 0, -1, name) for name in names]
     features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
-    for file, (asked, *texts) in files.items():
+    for kind, (asked, *texts) in questions.items():
         image = torch.stack([features[name] for name in asked])                  # (N, E)
         right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
-        results[f"sugar_crepe/{file}"] = {"acc": mean(right > wrong)}
+        results[f"sugar_crepe/{kind}"] = {"acc": mean(right > wrong)}
     for kind in ("replace", "swap", "add"):
         known = [metrics["acc"] for name, metrics in results.items() if f"/{kind}_" in name]
         results[f"sugar_crepe/{kind}"] = {"acc": sum(known) / len(known)}
     return results
 
 def read_questions(path):
-    """(images' file names, captions, negative captions) of one of SugarCrepe's json files."""
+    """[images' file names, captions, negative captions] of one of SugarCrepe's json files."""
     parts = itemgetter("filename", "caption", "negative_caption")
-    try:
-        names, captions, negatives = zip(*map(parts, json.loads(Path(path).read_bytes()).values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: expected a filename, caption, negative_caption per question") from None
-    return names, captions, negatives
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        if rows := [parts(row) for row in json.loads(Path(path).read_bytes()).values()]:
+            return [*zip(*rows)]
+    raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
 
 # -----------------------------------------------------------------------------
 # Pictures: sheets of masks, of what was found, of mistakes; curves of runs.
@@ -354,8 +338,7 @@ def sheet(path, tiles, columns):
         x, y = number % columns * width + GAP, number // columns * height + GAP
         draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), color)
         picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-        how = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
-        image.paste(picture.resize((TILE, TILE), how), (x, y))
+        image.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (x, y))  # keeps small pixels sharp
         draw.text((x, y + TILE + 4), text, "black", font_size=12)
     image.save(path)
 
@@ -382,10 +365,10 @@ def masked(images, keep, valid, patch_size):
 
 def draw_masks(path, images, keep, valid, patch_size):
     """Writes a PNG of images (B, 3, H, H) uint8 and, below, of what the masks of the first view leave."""
+    rows = [images]
     if keep is not None:
-        seen = masked(images, keep[0], valid if valid is None else valid[0], patch_size)
-        images = torch.cat([images, seen])
-    sheet(path, [(picture, "", "white") for picture in images], 8)
+        rows.append(masked(images, keep[0], valid if valid is None else valid[0], patch_size))
+    sheet(path, [(picture, "", "white") for picture in torch.cat(rows)], len(images))
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
     """Up to ten captions, evenly spread, each below its five nearest images; a green frame is on its own."""
@@ -408,8 +391,7 @@ def draw_mistakes(path, folder, scores, labels):
 
 def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines, records = file.readlines(), []
+    lines, records = Path(path).read_text("utf-8", "replace").splitlines(), []
     for line in lines:
         with suppress(ValueError, AttributeError):
             record = json.loads(line)
@@ -489,8 +471,8 @@ def read_checkpoint(path):
     try:
         if os.path.splitext(path)[1] == ".safetensors":
             return read_safetensors(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
-            warnings.simplefilter("ignore")  # torch prints a warning before it rejects a file; ours follows
+        # torch prints a warning before it rejects a file; our line follows.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(NUMBERS):
             with suppress(ValueError, RuntimeError):  # for all that is no TorchScript
                 return torch.jit.load(path, map_location="cpu").state_dict()
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -516,8 +498,7 @@ def load(path, vocab="", quick_gelu=False):
              for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
     openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
-    for name in openai:
-        del state[name]
+    state = {name: state[name] for name in state.keys() - openai}
     try:
         known = checkpoint["config"] if ours else infer_config(state)
         config = clip_pgs.Config(**{k: x for k, x in known.items() if hasattr(clip_pgs.Config, k)})
@@ -587,8 +568,7 @@ def run(options):
         raise ValueError(f"{options.checkpoint}: was trained without --val; say what to evaluate with --data")
     for folder in folders:  # a slip in the last folder shows before the first one's hour of work
         read_folder(folder)
-    if options.pictures:
-        os.makedirs(options.pictures, exist_ok=True)
+    os.makedirs(options.pictures or ".", exist_ok=True)
     results = {folder: evaluate(model, tokenizer, config, folder, workers=options.workers,
                                 probe=options.probe, pictures=options.pictures) for folder in folders}
     if options.sugarcrepe:
