@@ -6,8 +6,8 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Top to bottom: folders, embed, classification, retrieval, linear probe, one folder, compositionality, pictures,
-weights, table and main.
+Top to bottom: folders, embed, classification, retrieval, linear probe, one folder, compositionality,
+pictures, weights, table and main.
 """
 import argparse
 import json
@@ -101,29 +101,31 @@ def read_lines(path):
 IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depend on them by rounding alone
 
 def resize_and_crop(image, size):
-    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB.
-    Converted last, as open_clip does: a palette image gets its nearest pixels instead of a bicubic mix."""
+    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB."""
     longest = data.MAX_PIXELS // size ** 2 * min(image.size)  # resized, a longer one would fill the memory
     image = ImageOps.crop(data.eight_bits(image), tuple(max(0, side - longest) // 2 for side in image.size))
     width, height = (int(size * side / min(image.size)) for side in image.size)  # cut off, not rounded
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    image = image.crop((left, top, left + size, top + size)).convert("RGB")
+    image = image.crop((left, top, left + size, top + size)).convert("RGB")  # last: palettes do not mix
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def preprocess(image, size):
     """What the encoder sees of a PIL image: (3, size, size) float."""
     return data.normalize(resize_and_crop(image, size))
 
-def read_image(sample, size):
-    """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode."""
+def read_image(sample, size, upright=False):
+    """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode.
+    As CLIP_benchmark sees it, which converts to RGB first; or as people do, upright and on white."""
     try:
         with open(sample.path, "rb") as file:  # not data.read_bytes, whose files another thread might close
             file.seek(sample.offset)
             image = data.decode_image(file.read(sample.size))
-        return resize_and_crop(data.eight_bits(image).convert("RGB"), size)  # RGB first, as CLIP_benchmark
+        image = data.to_rgb(data.upright(image)) if upright else data.eight_bits(image).convert("RGB")
+        return resize_and_crop(image, size)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{sample.path}: {sample.name} does not decode ({error})") from None
+        cause = getattr(error, "strerror", error)
+        raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
 def image_batches(samples, size, workers, name=""):
     """Yields (B, 3, size, size) uint8, read two batches ahead. By threads: Pillow works without Python's
@@ -182,13 +184,12 @@ def class_features(model, tokenizer, classnames, templates, rank=0, world_size=1
     return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 def classification_metrics(scores, labels):
-    """acc1, acc5 (of C if there are fewer) and mean_per_class_recall of scores (N, C), labels (N,).
-    A class without an image has no recall to average."""
+    """acc1, acc5 (of C if there are fewer) and mean_per_class_recall of scores (N, C), labels (N,)."""
     C = scores.shape[1]
     right = scores.topk(min(5, C)).indices == labels[:, None]                  # (N, 5)
     images, hits = labels.bincount(minlength=C), labels[right[:, 0]].bincount(minlength=C)
     return {"acc1": mean(right[:, 0]), "acc5": mean(right.any(1)),
-            "mean_per_class_recall": mean((hits / images.double())[images > 0])}
+            "mean_per_class_recall": mean((hits / images.double())[images > 0])}  # of classes with an image
 
 # -----------------------------------------------------------------------------
 # Retrieval: find the image of a caption, and a caption of an image.
@@ -293,16 +294,14 @@ def first_metrics(results):
             for folder, name, value in firsts if name != "failed"}
 
 # -----------------------------------------------------------------------------
-# Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the image nearer to its caption than to one in
-# which an object, an attribute or a relation was replaced, swapped or added?
+# Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
 
 SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
-    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}: the seven json files of a folder, then the mean of each
-    kind. images: COCO's val2017. Many questions are about one image: it is encoded once."""
+    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
     questions, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
-    names = sorted({name for asked, *_ in questions.values() for name in asked})
+    names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
     samples = [Sample(f"{images}/{name}", 0, -1, name) for name in names]
     features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
     for kind, (asked, *texts) in questions.items():
@@ -344,11 +343,7 @@ def sheet(path, tiles, columns):
 
 def open_photo(path, size):
     """The middle of a photograph as people see it, upright and on white: (3, size, size) uint8."""
-    try:
-        image = data.upright(data.decode_image(Path(path).read_bytes()))
-        return resize_and_crop(data.to_rgb(image), size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_image(Sample(path, 0, -1, os.path.basename(path)), size, upright=True)
 
 def heat_map(patches, side):
     """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
@@ -383,11 +378,12 @@ def draw_retrieval(path, samples, captions, image_of_text, images, texts):
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
     names = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames]
-    lead = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
-    worst = [i for i in lead.argsort(descending=True)[:20].tolist() if lead[i] > 0]
-    texts = [f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}" for i in worst]
-    if worst:  # a perfect score leaves nothing to draw
-        sheet(path, [(read_image(folder.samples[i], TILE), text, "white") for i, text in zip(worst, texts)], 5)
+    lead, tiles = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0], []
+    for i in lead.topk(min(20, int((lead > 0).sum()))).indices.tolist():
+        text = f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}"
+        tiles.append((read_image(folder.samples[i], TILE), text, "white"))
+    if tiles:  # a perfect score leaves nothing to draw
+        sheet(path, tiles, 5)
 
 def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
@@ -446,12 +442,11 @@ def draw_curves(path, logs):
 # -----------------------------------------------------------------------------
 # Weights. A checkpoint made here knows its size and tokenizer; of any other file, the shapes tell the size.
 
-# Plain numbers that NumPy wraps, which other programs store beside the tensors: not code.
+# The types in .safetensors, and plain numbers of NumPy, which others store beside the tensors: not code.
+TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 scalar = np.float64(0).__reduce__()[0]
 NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efdilbB?"),
            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-# What .safetensors calls them.
-TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: a header's length, the header in json, the tensors' bytes."""
@@ -466,14 +461,13 @@ def read_safetensors(path):
     return tensors
 
 def read_checkpoint(path):
-    """The dict inside a checkpoint file, tensors on the CPU. ValueError with one line if it is missing,
-    damaged, or would run code. OpenAI's files are archives of TorchScript, which has its own way to load."""
+    """The dict in a checkpoint file, on the CPU. ValueError if it is missing, damaged, or would run code."""
     try:
         if os.path.splitext(path)[1] == ".safetensors":
             return read_safetensors(path)
         # torch prints a warning before it rejects a file; our line follows.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(NUMBERS):
-            with suppress(ValueError, RuntimeError):  # for all that is no TorchScript
+            with suppress(ValueError, RuntimeError):  # what is no archive of TorchScript, as OpenAI's are
                 return torch.jit.load(path, map_location="cpu").state_dict()
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
@@ -486,20 +480,18 @@ def read_checkpoint(path):
     return state
 
 def load(path, vocab="", quick_gelu=False):
-    """(model, tokenizer, config) of a checkpoint; the model is on the CPU, in float32.
-    vocab: CLIP's bpe_simple_vocab_16e6.txt.gz, for files that were not made here. quick_gelu: for OpenAI's
-    weights in a file that does not show it. ValueError or OSError with one line if a file cannot be used."""
+    """(model, tokenizer, config) of a checkpoint, on the CPU, in float32. ValueError, OSError if it is none.
+    vocab: CLIP's own, for files that were not made here. quick_gelu: for OpenAI's that do not show it."""
     import clip_pgs  # the model to fill; everything else here takes any model
     checkpoint = read_checkpoint(path)
     ours = {"model", "config", "merges"} <= checkpoint.keys()
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
-    # DDP and torch.compile put "module." and "_orig_mod." into names.
-    state = {name.removeprefix("module.").replace("_orig_mod.", ""): tensor.float()
-             for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
-    openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
-    state = {name: state[name] for name in state.keys() - openai}
     try:
+        # DDP and torch.compile put "module." and "_orig_mod." into names.
+        state = {name.removeprefix("module.").replace("_orig_mod.", ""): x for name, x in state.items()}
+        # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
+        openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
+        state = {k: x.float() for k, x in state.items() if torch.is_tensor(x) and k not in openai}
         known = checkpoint["config"] if ours else infer_config(state)
         config = clip_pgs.Config(**{k: x for k, x in known.items() if hasattr(clip_pgs.Config, k)})
         config.quick_gelu |= quick_gelu or bool(openai)
@@ -540,8 +532,7 @@ def table(results):
     """{name: metrics} as an aligned Markdown table, in percent; several acc1 get an average row."""
     rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
-        rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified)
-                           for name in classified[0]}
+        rows["average"] = {name: sum(m[name] for m in classified) / len(classified) for name in classified[0]}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
     for row, metrics in rows.items():
@@ -549,8 +540,8 @@ def table(results):
         cells.append([row, *(value if isinstance(value, str) else f"{100 * value:.2f}" for value in values)])
     first, *widths = (max(map(len, column)) for column in zip(*cells))
     cells.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
-    return "\n".join("| " + " | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) + " |"
-                     for row in cells)
+    rows = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in cells]
+    return "\n".join(f"| {row} |" for row in rows)
 
 def run(options):
     """Evaluates all that was asked for and prints the table, or draws the curves of runs."""
