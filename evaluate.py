@@ -328,14 +328,13 @@ TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line o
 COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #17becf #7f7f7f #bcbd22".split()
 
 def sheet(path, tiles, columns):
-    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it, color of its frame)."""
-    lines = max(text.count("\n") + bool(text) for _, text, _ in tiles)
+    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it)."""
+    lines = max(text.count("\n") + bool(text) for _, text in tiles)
     width, height = TILE + 2 * GAP, TILE + 2 * GAP + LINE * lines
     image = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
     draw = ImageDraw.Draw(image)
-    for number, (picture, text, color) in enumerate(tiles):
+    for number, (picture, text) in enumerate(tiles):
         x, y = number % columns * width + GAP, number // columns * height + GAP
-        draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), color)
         picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
         image.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (x, y))  # keeps small pixels sharp
         draw.text((x, y + TILE + 4), text, "black", font_size=12)
@@ -363,25 +362,23 @@ def draw_masks(path, images, keep, valid, patch_size):
     rows = [images]
     if keep is not None:
         rows.append(masked(images, keep[0], valid if valid is None else valid[0], patch_size))
-    sheet(path, [(picture, "", "white") for picture in torch.cat(rows)], len(images))
+    sheet(path, [(picture, "") for picture in torch.cat(rows)], len(images))
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
-    """Up to ten captions, evenly spread, each below its five nearest images; a green frame is on its own."""
+    """Up to ten captions, evenly spread, each with its own image and, beside it, the five nearest images."""
     step, tiles = math.ceil(len(captions) / 10), []
-    nearest_images = nearest(texts[::step], images, k=5).tolist()
-    for caption, own, found in zip(captions[::step], image_of_text[::step], nearest_images):
-        texts = [textwrap.fill(caption, 140), *[""] * (len(found) - 1)]  # one text below the whole row
-        frames = ["limegreen" if i == own else "white" for i in found]
-        tiles += [(read_image(samples[i], TILE), *rest) for i, *rest in zip(found, texts, frames)]
-    sheet(path, tiles, len(found))
+    rows = zip(captions[::step], image_of_text[::step], nearest(texts[::step], images, k=5).tolist())
+    for caption, own, found in rows:
+        tiles.append((read_image(samples[own], TILE), textwrap.fill(caption, 26)))
+        tiles += [(read_image(samples[i], TILE), "right" if i == own else "") for i in found]
+    sheet(path, tiles, 1 + len(found))
 
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
-    names = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames]
-    lead, tiles = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0], []
+    lead, names, tiles = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0], folder.classnames, []
     for i in lead.topk(min(20, int((lead > 0).sum()))).indices.tolist():
-        text = f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}"
-        tiles.append((read_image(folder.samples[i], TILE), text, "white"))
+        text = f"predicted: {names[scores[i].argmax()]:.20}\ntrue: {names[labels[i]]:.20}"
+        tiles.append((read_image(folder.samples[i], TILE), text))
     if tiles:  # a perfect score leaves nothing to draw
         sheet(path, tiles, 5)
 
@@ -546,8 +543,7 @@ def table(results):
 def run(options):
     """Evaluates all that was asked for and prints the table, or draws the curves of runs."""
     if options.curves:
-        print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
-        return
+        return print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
     if not options.checkpoint:
         raise ValueError("name a checkpoint, such as out/ckpt.pt, or logs with --curves")
     if bool(options.sugarcrepe) != bool(options.images):
