@@ -47,12 +47,11 @@ def read_folder(folder, split="test"):
         raise ValueError(f"{folder}: no such folder")
     typed = os.path.exists(f"{folder}/dataset_type.txt")
     kind = read_lines(f"{folder}/dataset_type.txt")[0].lower() if typed else "classification"
-    if kind == "retrieval":
-        samples, texts = zip(*read_split(f"{folder}/{split}", "txt"))
-        return Folder(samples, [text.splitlines() for text in texts], [], [])
-    if kind != "classification":
+    if kind not in ("retrieval", "classification"):
         raise ValueError(f"{folder}/dataset_type.txt: '{kind}', expected retrieval or classification")
-    samples, texts = zip(*read_split(f"{folder}/{split}", "cls"))
+    samples, texts = zip(*read_split(f"{folder}/{split}", "txt" if kind == "retrieval" else "cls"))
+    if kind == "retrieval":
+        return Folder(samples, [text.splitlines() for text in texts], [], [])
     classnames = read_lines(f"{folder}/classnames.txt")
     templates = read_lines(f"{folder}/zeroshot_classification_templates.txt")
     if wrong := [line for line in templates if "{c}" not in line]:
@@ -124,7 +123,7 @@ def read_image(sample, size, upright=False):
         image = data.to_rgb(data.upright(image)) if upright else data.eight_bits(image).convert("RGB")
         return resize_and_crop(image, size)
     except (ValueError, OSError) as error:
-        cause = getattr(error, "strerror", error)
+        cause = getattr(error, "strerror", None) or error
         raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
 def image_batches(samples, size, workers, name=""):
@@ -210,20 +209,17 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
 
-TRIED_C = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
-
 def fit_logistic(features, labels, num_classes, C, start=None):
     """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression; C as in scikit-learn.
     Minimises the mean cross entropy + |weights|^2 / (2 C N), bias free of charge, by L-BFGS in float64."""
-    N, E = features.shape
-    weights = features.new_zeros(num_classes, E + 1) if start is None else start.clone()
+    weights = features.new_zeros(num_classes, features.shape[1] + 1) if start is None else start.clone()
     optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=1000, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weights[:, :E], weights[:, E]), labels)
-        loss = loss + weights[:, :E].square().sum() / (2 * C * N)
+        loss = F.cross_entropy(F.linear(features, weights[:, :-1], weights[:, -1]), labels)
+        loss = loss + weights[:, :-1].square().sum() / (2 * C * len(features))
         loss.backward()
         return loss
 
@@ -241,7 +237,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
     weights, known = None, {}
-    for C in TRIED_C:  # each fit starts from the one before, which was regularised more
+    for C in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):  # each fit starts from the one before
         weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
         known[C] = accuracy(weights, train_features[held_out], train_labels[held_out])
     C = max(known, key=known.get)  # of equals the first, regularised most
@@ -258,8 +254,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
     if not this.classnames:
-        pairs = [(i, caption) for i, captions in enumerate(this.targets) for caption in captions]
-        image_of_text, captions = zip(*pairs)
+        image_of_text, captions = zip(*((i, text) for i, texts in enumerate(this.targets) for text in texts))
         texts = embed_texts(model, tokenizer, captions, rank, world_size)
         if pictures:
             draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
@@ -289,9 +284,8 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
 
 def first_metrics(results):
     """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
-    firsts = [(os.path.basename(os.path.normpath(f)), *next(iter(m.items()))) for f, m in results.items()]
-    return {f"{folder} {name.replace('_retrieval_recall', '')}": value
-            for folder, name, value in firsts if name != "failed"}
+    return {f"{os.path.basename(os.path.normpath(folder))} {name.replace('_retrieval_recall', '')}": value
+            for folder, found in results.items() for name, value in [*found.items()][:1] if name != "failed"}
 
 # -----------------------------------------------------------------------------
 # Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
@@ -468,9 +462,8 @@ def read_checkpoint(path):
                 return torch.jit.load(path, map_location="cpu").state_dict()
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        if isinstance(error, OSError):
-            raise ValueError(f"{path}: {error.strerror}; expected a file of weights") from None
-        what = data.what_it_is(path, "damaged, no checkpoint, or one that could run code when loaded")
+        what = "damaged, no checkpoint, or one that could run code when loaded"
+        what = error.strerror if isinstance(error, OSError) else data.what_it_is(path, what)
         raise ValueError(f"{path}: refused ({type(error).__name__}): {what}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
@@ -478,7 +471,7 @@ def read_checkpoint(path):
 
 def load(path, vocab="", quick_gelu=False):
     """(model, tokenizer, config) of a checkpoint, on the CPU, in float32. ValueError, OSError if it is none.
-    vocab: CLIP's own, for files that were not made here. quick_gelu: for OpenAI's that do not show it."""
+    vocab: CLIP's vocabulary file, for weights made elsewhere. quick_gelu: for OpenAI's in a plain dict."""
     import clip_pgs  # the model to fill; everything else here takes any model
     checkpoint = read_checkpoint(path)
     ours = {"model", "config", "merges"} <= checkpoint.keys()
