@@ -74,9 +74,10 @@ def read_split(folder, extension):
         if fault:
             raise ValueError(fault)
         for key, files in members:
-            image, text = next((name for name in data.IMAGE_EXTENSIONS if name in files), None), ""
+            image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
             if image is None or extension not in files:
                 raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
+            text = ""
             with suppress(UnicodeDecodeError):
                 text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
             if not text.strip():
@@ -369,7 +370,8 @@ def draw_retrieval(path, samples, captions, image_of_text, images, texts):
 
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
-    lead, names, tiles = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0], folder.classnames, []
+    lead = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
+    names, tiles = folder.classnames, []
     for i in lead.topk(min(20, int((lead > 0).sum()))).indices.tolist():
         text = f"predicted: {names[scores[i].argmax()]:.20}\ntrue: {names[labels[i]]:.20}"
         tiles.append((read_image(folder.samples[i], TILE), text))
