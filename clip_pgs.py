@@ -1000,9 +1000,9 @@ def show_masks(config, state):
                                     embeddings=embeddings, alpha=state.get("progress", 0.0),
                                     edges=config.edges, transport=config.transport)
             tiles.append((evaluate.masked(pixels, keep, valid, P)[0], name))
-        rows.append(("", [(*tile, "white") for tile in tiles]))
+        rows += tiles
     os.makedirs(config.out, exist_ok=True)
-    evaluate.sheet(f"{config.out}/masks.png", rows)
+    evaluate.sheet(f"{config.out}/masks.png", rows, len(tiles))
     print(f"wrote {config.out}/masks.png" + ("" if state else "; the encoder is untrained, see --resume"))
 
 def parse(arguments):

@@ -6,9 +6,8 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Takes checkpoints of clip_pgs.py, weights with open_clip's names (so also the CLIP-PGS authors' files) and
-OpenAI's archives. Top to bottom: folders, embed, classification, retrieval, linear probe, one folder,
-compositionality, pictures, weights, table and main.
+Top to bottom: folders, embed, classification, retrieval, linear probe, one folder, compositionality,
+pictures, weights, table and main.
 """
 import argparse
 import json
@@ -17,19 +16,19 @@ import os
 import sys
 import textwrap
 import warnings
-import zipfile
 from collections import defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import fields
 from functools import partial
-from itertools import islice
+from itertools import count, cycle, islice
+from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import data
@@ -48,12 +47,11 @@ def read_folder(folder, split="test"):
         raise ValueError(f"{folder}: no such folder")
     typed = os.path.exists(f"{folder}/dataset_type.txt")
     kind = read_lines(f"{folder}/dataset_type.txt")[0].lower() if typed else "classification"
-    if kind == "retrieval":
-        samples, texts = read_split(folder, split, "txt")
-        return Folder(samples, [text.splitlines() for text in texts], [], [])
-    if kind != "classification":
+    if kind not in ("retrieval", "classification"):
         raise ValueError(f"{folder}/dataset_type.txt: '{kind}', expected retrieval or classification")
-    samples, texts = read_split(folder, split, "cls")
+    samples, texts = zip(*read_split(f"{folder}/{split}", "txt" if kind == "retrieval" else "cls"))
+    if kind == "retrieval":
+        return Folder(samples, [text.splitlines() for text in texts], [], [])
     classnames = read_lines(f"{folder}/classnames.txt")
     templates = read_lines(f"{folder}/zeroshot_classification_templates.txt")
     if wrong := [line for line in templates if "{c}" not in line]:
@@ -61,29 +59,15 @@ def read_folder(folder, split="test"):
     for sample, text in zip(samples, texts):
         if not text.strip().isdecimal() or int(text) >= len(classnames):
             raise ValueError(f"{sample.path}: the label of {sample.name} is '{text.strip()[:20]}', but "
-                             f"classnames.txt has {len(classnames)} lines, for 0 to {len(classnames) - 1}")
+                             f"classnames.txt has {len(classnames)} lines, counted from 0")
     return Folder(samples, [int(text) for text in texts], classnames, templates)
 
-def read_lines(path):
-    """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().splitlines()] or [""]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; expected a folder in CLIP_benchmark's layout") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
-    if "" in lines:
-        raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
-    return lines
-
-def read_split(folder, split, extension):
-    """[Sample], [str]: the images of a split and the text of the `extension` file beside each, in order."""
-    number = read_lines(f"{folder}/{split}/nshards.txt")[0]
+def read_split(folder, extension):
+    """Yields (Sample, text of the `extension` file beside it) for each image of a split, in order."""
+    number = read_lines(f"{folder}/nshards.txt")[0]
     if not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"{folder}/{split}/nshards.txt: '{number}', expected the number of shards")
-    samples, texts = [], []
-    for shard in (f"{folder}/{split}/{i}.tar" for i in range(int(number))):
+        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
+    for shard in (f"{folder}/{i}.tar" for i in range(int(number))):
         if not os.path.exists(shard):
             raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
         members, fault = data.tar_samples(shard)
@@ -93,14 +77,22 @@ def read_split(folder, split, extension):
             image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
             if image is None or extension not in files:
                 raise ValueError(f"{shard}: sample {key} has no {f'.{extension}' if image else 'image'}")
-            samples.append(Sample(shard, *files[image], f"{key}.{image}"))
-            try:
-                texts.append(data.read_bytes(shard, *files[extension]).decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                texts.append("")
-            if not texts[-1].strip():
+            text = ""
+            with suppress(UnicodeDecodeError):
+                text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
+            if not text.strip():
                 raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
-    return samples, texts
+            yield Sample(shard, *files[image], f"{key}.{image}"), text
+
+def read_lines(path):
+    """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()] or [""]
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ValueError(f"{path}: missing or not UTF-8; expected CLIP_benchmark's layout") from None
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
+    return lines
 
 # -----------------------------------------------------------------------------
 # Embed: open_clip's evaluation transform, bit for bit, then unit features. Of several ranks, rank r encodes
@@ -109,51 +101,47 @@ def read_split(folder, split, extension):
 IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depend on them by rounding alone
 
 def resize_and_crop(image, size):
-    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB.
-    Converted last, as open_clip does: a palette image gets its nearest pixels instead of a bicubic mix."""
-    image, bicubic = data.eight_bits(image), Image.Resampling.BICUBIC
+    """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB."""
+    longest = data.MAX_PIXELS // size ** 2 * min(image.size)  # resized, a longer one would fill the memory
+    image = ImageOps.crop(data.eight_bits(image), tuple(max(0, side - longest) // 2 for side in image.size))
     width, height = (int(size * side / min(image.size)) for side in image.size)  # cut off, not rounded
     left, top = round((width - size) / 2), round((height - size) / 2)
-    box = np.array([left, top, left + size, top + size])
-    if width * height <= data.MAX_PIXELS:
-        image = image.resize((width, height), bicubic).crop(tuple(box))
-    else:  # a picture so long that the whole would fill the memory: only the middle is resized
-        box = box / (width, height, width, height) * (image.size * 2)
-        image = image.resize((size, size), bicubic, tuple(np.minimum(box, image.size * 2)))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + size, top + size)).convert("RGB")  # last: palettes do not mix
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def preprocess(image, size):
     """What the encoder sees of a PIL image: (3, size, size) float."""
     return data.normalize(resize_and_crop(image, size))
 
-def read_image(sample, size):
-    """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode."""
+def read_image(sample, size, upright=False):
+    """The middle of a Sample, (3, size, size) uint8. ValueError that names it if it does not decode.
+    As CLIP_benchmark sees it, which converts to RGB first; or as people do, upright and on white."""
     try:
         with open(sample.path, "rb") as file:  # not data.read_bytes, whose files another thread might close
             file.seek(sample.offset)
             image = data.decode_image(file.read(sample.size))
-        return resize_and_crop(data.eight_bits(image).convert("RGB"), size)  # RGB first, as CLIP_benchmark
+        image = data.to_rgb(data.upright(image)) if upright else data.eight_bits(image).convert("RGB")
+        return resize_and_crop(image, size)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{sample.path}: {sample.name} does not decode ({error})") from None
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
-def image_batches(samples, size, workers):
+def image_batches(samples, size, workers, name=""):
     """Yields (B, 3, size, size) uint8, read two batches ahead. By threads: Pillow works without Python's
     lock, they start at once in the middle of a training run, and an error arrives as it was raised."""
+    starts = tqdm(range(0, len(samples), IMAGE_BATCH), name, leave=False, unit=" batches", disable=not name)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        batches = (pool.map(lambda sample: read_image(sample, size), samples[start:start + IMAGE_BATCH])
-                   for start in range(0, len(samples), IMAGE_BATCH))
+        batches = (pool.map(partial(read_image, size=size), samples[i:i + IMAGE_BATCH]) for i in starts)
         ahead = deque(islice(batches, 2))  # each is at work as soon as it is asked for
         while ahead:
             ahead.extend(islice(batches, 1))
             yield torch.stack([*ahead.popleft()])
 
 def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
-    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says.
-    ValueError on all ranks if a picture of one of them does not decode."""
-    own, device = samples[rank::world_size], model.logit_scale.device
-    batches = tqdm(image_batches(own, config.image_size, workers), name, math.ceil(len(own) / IMAGE_BATCH),
-                   leave=False, unit=" batches", disable=rank > 0)
-    features = (model.encode_image(data.normalize(images.to(device))) for images in batches)
+    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says."""
+    batches = image_batches(samples[rank::world_size], config.image_size, workers, "" if rank else name)
+    features = (model.encode_image(data.normalize(images.to(model.logit_scale.device))) for images in batches)
     return gather(model, features, len(samples), rank, world_size)
 
 def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
@@ -196,23 +184,19 @@ def class_features(model, tokenizer, classnames, templates, rank=0, world_size=1
     return F.normalize(features.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
 def classification_metrics(scores, labels):
-    """acc1, acc5 (of C if there are fewer) and mean_per_class_recall of scores (N, C), labels (N,).
-    A class without an image has no recall to average."""
+    """acc1, acc5 (of C if there are fewer) and mean_per_class_recall of scores (N, C), labels (N,)."""
     C = scores.shape[1]
     right = scores.topk(min(5, C)).indices == labels[:, None]                  # (N, 5)
     images, hits = labels.bincount(minlength=C), labels[right[:, 0]].bincount(minlength=C)
     return {"acc1": mean(right[:, 0]), "acc5": mean(right.any(1)),
-            "mean_per_class_recall": mean((hits / images.double())[images > 0])}
+            "mean_per_class_recall": mean((hits / images.double())[images > 0])}  # of classes with an image
 
 # -----------------------------------------------------------------------------
 # Retrieval: find the image of a caption, and a caption of an image.
 
-QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in memory
-
 def nearest(queries, gallery, k=10):
     """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first."""
-    scores = (rows @ gallery.T for rows in queries.split(QUERIES))
-    return torch.cat([some.topk(min(k, len(gallery))).indices for some in scores])
+    return (queries @ gallery.T).topk(min(k, len(gallery))).indices
 
 def retrieval_metrics(image_features, text_features, image_of_text):
     """Recall at 1, 5, 10 in both directions, of features (I, E), (T, E); image_of_text (T,): the image of a
@@ -226,20 +210,17 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
 
-TRIED_C = [10.0 ** power for power in range(-1, 7)]  # for C, the inverse of the regularisation's strength
-
 def fit_logistic(features, labels, num_classes, C, start=None):
     """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression; C as in scikit-learn.
     Minimises the mean cross entropy + |weights|^2 / (2 C N), bias free of charge, by L-BFGS in float64."""
-    N, E = features.shape
-    weights = features.new_zeros(num_classes, E + 1) if start is None else start.clone()
+    weights = features.new_zeros(num_classes, features.shape[1] + 1) if start is None else start.clone()
     optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=1000, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weights[:, :E], weights[:, E]), labels)
-        loss = loss + weights[:, :E].square().sum() / (2 * C * N)
+        loss = F.cross_entropy(F.linear(features, weights[:, :-1], weights[:, -1]), labels)
+        loss = loss + weights[:, :-1].square().sum() / (2 * C * len(features))
         loss.backward()
         return loss
 
@@ -257,7 +238,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
     weights, known = None, {}
-    for C in TRIED_C:  # each fit starts from the one before, which was regularised more
+    for C in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):  # each fit starts from the one before
         weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
         known[C] = accuracy(weights, train_features[held_out], train_labels[held_out])
     C = max(known, key=known.get)  # of equals the first, regularised most
@@ -274,8 +255,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     train = read_folder(folder, "train") if probe and this.classnames else None
     images = embed_images(model, this.samples, config, rank, world_size, workers, name)
     if not this.classnames:
-        captions = [caption for captions in this.targets for caption in captions]
-        image_of_text = [i for i, captions in enumerate(this.targets) for _ in captions]
+        image_of_text, captions = zip(*((i, text) for i, texts in enumerate(this.targets) for text in texts))
         texts = embed_texts(model, tokenizer, captions, rank, world_size)
         if pictures:
             draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
@@ -290,8 +270,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         known = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
         targets = torch.tensor(train.targets, device=images.device)
         metrics["lp_acc1"], C, held_out = linear_probe(known, targets, images, labels, len(this.classnames))
-        print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best of "
-              f"{len(TRIED_C)} on a held-out tenth ({held_out:.1%} right), then refit on all")
+        print(f"{name}: linear probe on {len(known)} images, C = {C:.3g}: {held_out:.1%} of a held-out tenth")
     return metrics
 
 def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
@@ -306,42 +285,36 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
 
 def first_metrics(results):
     """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
-    firsts = [(os.path.basename(os.path.normpath(folder)), *next(iter(metrics.items())))
-              for folder, metrics in results.items()]
-    return {f"{folder} {name.replace('_retrieval_recall', '')}": value
-            for folder, name, value in firsts if name != "failed"}
+    return {f"{os.path.basename(os.path.normpath(folder))} {name.replace('_retrieval_recall', '')}": value
+            for folder, found in results.items() for name, value in [*found.items()][:1] if name != "failed"}
 
 # -----------------------------------------------------------------------------
-# Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the image nearer to its caption than to one in
-# which an object, an attribute or a relation was replaced, swapped or added?
+# Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
 
 SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
-    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}: the seven json files of a folder, then the mean of each
-    kind. images: COCO's val2017. Many questions are about one image: it is encoded once."""
-    files, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
-    names = sorted({name for asked, _, _ in files.values() for name in asked})
-    samples = [Sample(os.path.join(images, name), 0, -1, name) for name in names]
+    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
+    questions, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
+    names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
+    samples = [Sample(f"{images}/{name}", 0, -1, name) for name in names]
     features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
-    for file, (asked, *texts) in files.items():
+    for kind, (asked, *texts) in questions.items():
         image = torch.stack([features[name] for name in asked])                  # (N, E)
         right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
-        results[f"sugar_crepe/{file}"] = {"acc": mean(right > wrong)}
+        results[f"sugar_crepe/{kind}"] = {"acc": mean(right > wrong)}
     for kind in ("replace", "swap", "add"):
         known = [metrics["acc"] for name, metrics in results.items() if f"/{kind}_" in name]
         results[f"sugar_crepe/{kind}"] = {"acc": sum(known) / len(known)}
     return results
 
 def read_questions(path):
-    """(images' file names, captions, negative captions) of one of SugarCrepe's json files."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = [(x["filename"], x["caption"], x["negative_caption"]) for x in json.load(file).values()]
-        names, captions, negatives = zip(*rows)  # a ValueError if there is none
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: expected a filename, caption, negative_caption per question") from None
-    return names, captions, negatives
+    """[images' file names, captions, negative captions] of one of SugarCrepe's json files."""
+    parts = itemgetter("filename", "caption", "negative_caption")
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        if rows := [parts(row) for row in json.loads(Path(path).read_bytes()).values()]:
+            return [*zip(*rows)]
+    raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
 
 # -----------------------------------------------------------------------------
 # Pictures: sheets of masks, of what was found, of mistakes; curves of runs.
@@ -349,33 +322,22 @@ def read_questions(path):
 TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line of text
 COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #17becf #7f7f7f #bcbd22".split()
 
-def sheet(path, rows):
-    """Writes a PNG of rows (title, [(picture (3, H, W) uint8, text below it, color of the frame)])."""
-    left = 240 if any(title for title, _ in rows) else 0
-    lines = max(text.count("\n") + bool(text) for _, tiles in rows for _, text, _ in tiles)
+def sheet(path, tiles, columns):
+    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it)."""
+    lines = max(text.count("\n") + bool(text) for _, text in tiles)
     width, height = TILE + 2 * GAP, TILE + 2 * GAP + LINE * lines
-    right = left + width * max(len(tiles) for _, tiles in rows)
-    image = Image.new("RGB", (right, len(rows) * height), "white")
+    image = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
     draw = ImageDraw.Draw(image)
-    for row, (title, tiles) in enumerate(rows):
-        draw.text((GAP, row * height + GAP), textwrap.fill(title, 34), "black", font_size=12)
-        for column, (picture, text, color) in enumerate(tiles):
-            x, y = left + column * width + GAP, row * height + GAP
-            draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), color)
-            picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-            how = Image.Resampling.NEAREST if picture.width < TILE else Image.Resampling.LANCZOS
-            image.paste(picture.resize((TILE, TILE), how), (x, y))
-            draw.text((x, y + TILE + 4), text, "black", font_size=12)
+    for number, (picture, text) in enumerate(tiles):
+        x, y = number % columns * width + GAP, number // columns * height + GAP
+        picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        image.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (x, y))  # keeps small pixels sharp
+        draw.text((x, y + TILE + 4), text, "black", font_size=12)
     image.save(path)
 
 def open_photo(path, size):
     """The middle of a photograph as people see it, upright and on white: (3, size, size) uint8."""
-    with open(path, "rb") as file:
-        raw = file.read()
-    try:
-        return resize_and_crop(data.to_rgb(data.upright(data.decode_image(raw))), size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_image(Sample(path, 0, -1, os.path.basename(path)), size, upright=True)
 
 def heat_map(patches, side):
     """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
@@ -395,32 +357,30 @@ def draw_masks(path, images, keep, valid, patch_size):
     rows = [images]
     if keep is not None:
         rows.append(masked(images, keep[0], valid if valid is None else valid[0], patch_size))
-    sheet(path, [("", [(picture, "", "white") for picture in row]) for row in rows])
+    sheet(path, [(picture, "") for picture in torch.cat(rows)], len(images))
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
-    """Ten captions, evenly spread, each with its five nearest images; the right one in a green frame."""
-    asked, rows = sorted({number * len(captions) // 10 for number in range(10)}), []
-    for query, found in zip(asked, nearest(texts[asked], images, k=5).tolist()):
-        frames = ["limegreen" if i == image_of_text[query] else "white" for i in found]
-        tiles = [(read_image(samples[i], TILE), "", frame) for i, frame in zip(found, frames)]
-        rows.append((captions[query], tiles))
-    sheet(path, rows)
+    """Up to ten captions, evenly spread, each with its own image and, beside it, the five nearest images."""
+    step, tiles = math.ceil(len(captions) / 10), []
+    rows = zip(captions[::step], image_of_text[::step], nearest(texts[::step], images, k=5).tolist())
+    for caption, own, found in rows:
+        tiles.append((read_image(samples[own], TILE), textwrap.fill(caption, 26)))
+        tiles += [(read_image(samples[i], TILE), "right" if i == own else "") for i in found]
+    sheet(path, tiles, 1 + len(found))
 
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
     lead = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
-    names, tiles = [textwrap.shorten(name, 20, placeholder="...") for name in folder.classnames], []
-    for i in lead.argsort(descending=True)[:20].tolist():
-        if lead[i] > 0:
-            text = f"predicted: {names[scores[i].argmax()]}\ntrue: {names[labels[i]]}"
-            tiles.append((read_image(folder.samples[i], TILE), text, "white"))
+    names, tiles = folder.classnames, []
+    for i in lead.topk(min(20, int((lead > 0).sum()))).indices.tolist():
+        text = f"predicted: {names[scores[i].argmax()]:.20}\ntrue: {names[labels[i]]:.20}"
+        tiles.append((read_image(folder.samples[i], TILE), text))
     if tiles:  # a perfect score leaves nothing to draw
-        sheet(path, [("", tiles[first:first + 5]) for first in range(0, len(tiles), 5)])
+        sheet(path, tiles, 5)
 
 def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines, records = file.readlines(), []
+    lines, records = Path(path).read_text("utf-8", "replace").splitlines(), []
     for line in lines:
         with suppress(ValueError, AttributeError):
             record = json.loads(line)
@@ -448,14 +408,14 @@ def plot(draw, left, title, series):
 def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' log.jsonl; returns {run: its last metrics}."""
     panels, last = defaultdict(list), {}
-    for log, color in zip(logs, COLORS * len(logs)):
-        curves, metrics = {"loss over steps": []}, {}
+    for log, color in zip(logs, cycle(COLORS)):
+        curves, metrics = defaultdict(list), {}
         for record in read_log(log):
             curves["loss over steps"].append((record["step"], record["loss"]))
             for title, value in first_metrics(record.get("eval", {})).items():
-                curves.setdefault(f"{title}, %, over epochs", []).append((record["epoch"], 100 * value))
+                curves[f"{title}, %, over epochs"].append((record["epoch"], 100 * value))
                 metrics[title] = value
-        if not curves["loss over steps"]:
+        if not curves:
             raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
         for title, points in curves.items():
             x, y = np.array(points).T
@@ -465,79 +425,73 @@ def draw_curves(path, logs):
         last[os.path.dirname(log) or log] = metrics
     image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
     draw = ImageDraw.Draw(image, "RGBA")  # the last two digits of a pale color are its alpha
-    for number, (title, series) in enumerate(panels.items()):
-        plot(draw, 420 * number, title, series)
-    for number, (name, color) in enumerate(zip(last, COLORS * len(logs))):
-        draw.text((50, 320 + 16 * number), name, color, font_size=12)
+    for left, title in zip(count(0, 420), panels):
+        plot(draw, left, title, panels[title])
+    for top, name, color in zip(count(320, 16), last, cycle(COLORS)):
+        draw.text((50, top), name, color, font_size=12)
     image.save(path)
     return last
 
 # -----------------------------------------------------------------------------
 # Weights. A checkpoint made here knows its size and tokenizer; of any other file, the shapes tell the size.
 
-# Plain numbers that NumPy wraps, which other programs store beside the tensors: not code.
+# The types in .safetensors, and plain numbers of NumPy, which others store beside the tensors: not code.
+TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 scalar = np.float64(0).__reduce__()[0]
 NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efdilbB?"),
            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "I64": torch.int64}  # of .safetensors
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: a header's length, the header in json, the tensors' bytes."""
+    raw = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, tensors = json.loads(raw[8:start]), {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensor = torch.frombuffer(raw[start + first:start + last], dtype=TYPES[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
 
 def read_checkpoint(path):
-    """The dict inside a checkpoint file, tensors on the CPU. ValueError with one line if it is missing,
-    damaged, or would run code. OpenAI's files are archives of TorchScript, which has its own way to load."""
+    """The dict in a checkpoint file, on the CPU. ValueError if it is missing, damaged, or would run code."""
     try:
         if os.path.splitext(path)[1] == ".safetensors":
             return read_safetensors(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
-            warnings.simplefilter("ignore")  # torch prints a warning before it rejects a file; ours follows
-            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-            if any(name.endswith("/constants.pkl") for name in names):
-                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        # torch prints a warning before it rejects a file; our line follows.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(NUMBERS):
+            with suppress(ValueError, RuntimeError):  # what is no archive of TorchScript, as OpenAI's are
+                return torch.jit.load(path, map_location="cpu").state_dict()
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; expected a file of weights") from None
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
-        what = data.what_it_is(path, "damaged, no checkpoint, or one that could run code when loaded")
+        what = "damaged, no checkpoint, or one that could run code when loaded"
+        what = error.strerror if isinstance(error, OSError) else data.what_it_is(path, what)
         raise ValueError(f"{path}: refused ({type(error).__name__}): {what}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
     return state
 
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: a header's length, the header in json, the tensors' bytes."""
-    with open(path, "rb") as file:
-        raw = bytearray(file.read())
-    start, tensors = 8 + int.from_bytes(raw[:8], "little"), {}
-    for name, entry in json.loads(raw[8:start]).items():
-        if name != "__metadata__":
-            first, last = (start + offset for offset in entry["data_offsets"])
-            tensor = torch.frombuffer(raw[first:last], dtype=TYPES[entry["dtype"]])
-            tensors[name] = tensor.reshape(entry["shape"])
-    return tensors
-
 def load(path, vocab="", quick_gelu=False):
-    """(model, tokenizer, config) of a checkpoint; the model is on the CPU, in float32.
-    vocab: CLIP's bpe_simple_vocab_16e6.txt.gz, for files that were not made here. quick_gelu: for OpenAI's
-    weights in a file that does not show it. ValueError or OSError with one line if a file cannot be used."""
+    """(model, tokenizer, config) of a checkpoint, on the CPU, in float32. ValueError, OSError if it is none.
+    vocab: CLIP's vocabulary file, for weights made elsewhere. quick_gelu: for OpenAI's in a plain dict."""
     import clip_pgs  # the model to fill; everything else here takes any model
     checkpoint = read_checkpoint(path)
     ours = {"model", "config", "merges"} <= checkpoint.keys()
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
-    # DDP and torch.compile put "module." and "_orig_mod." into names.
-    state = {name.removeprefix("module.").replace("_orig_mod.", ""): tensor.float()
-             for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
-    openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
-    state = {name: tensor for name, tensor in state.items() if name not in openai}
     try:
-        known, names = checkpoint["config"] if ours else infer_config(state), fields(clip_pgs.Config)
-        config = clip_pgs.Config(**{f.name: known[f.name] for f in names if f.name in known})
+        # DDP and torch.compile put "module." and "_orig_mod." into names.
+        state = {name.removeprefix("module.").replace("_orig_mod.", ""): x for name, x in state.items()}
+        # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
+        openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
+        state = {k: x.float() for k, x in state.items() if torch.is_tensor(x) and k not in openai}
+        known = checkpoint["config"] if ours else infer_config(state)
+        config = clip_pgs.Config(**{k: x for k, x in known.items() if hasattr(clip_pgs.Config, k)})
         config.quick_gelu |= quick_gelu or bool(openai)
         clip_pgs.check(config)
         with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
             model = clip_pgs.CLIP(config)
         model.load_state_dict(state, assign=True)
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         cause = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({cause:.300})") from None
     if not ours and not config.quick_gelu:
@@ -557,12 +511,11 @@ def infer_config(state):
     if width % 64 or text_width % 64 or width > 1024:
         # No tensor tells the number of heads. All of CLIP's are 64 wide; those of ViT-H and up are not.
         raise ValueError(f"a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
-    layers = len({name.split(".")[3] for name in state if name.startswith("visual.transformer.resblocks.")})
-    text_layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
-    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-    return dict(model=f"{width}x{layers}-{text_width}x{text_layers}-{state['text_projection'].shape[1]}",
-                image_size=patch_size * side, patch_size=patch_size, context_length=context_length,
-                vocab_size=len(state["token_embedding.weight"]))
+    blocks = [name.startswith("visual.") for name in state if name.endswith(".ln_1.weight")]
+    towers = f"{width}x{blocks.count(True)}-{text_width}x{blocks.count(False)}"
+    return dict(model=f"{towers}-{state['text_projection'].shape[1]}", patch_size=patch_size,
+                image_size=patch_size * math.isqrt(len(state["visual.positional_embedding"]) - 1),
+                context_length=context_length, vocab_size=len(state["token_embedding.weight"]))
 
 # -----------------------------------------------------------------------------
 # Table and main.
@@ -571,8 +524,7 @@ def table(results):
     """{name: metrics} as an aligned Markdown table, in percent; several acc1 get an average row."""
     rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
-        rows["average"] = {name: sum(metrics[name] for metrics in classified) / len(classified)
-                           for name in classified[0]}
+        rows["average"] = {name: sum(m[name] for m in classified) / len(classified) for name in classified[0]}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
     for row, metrics in rows.items():
@@ -580,14 +532,13 @@ def table(results):
         cells.append([row, *(value if isinstance(value, str) else f"{100 * value:.2f}" for value in values)])
     first, *widths = (max(map(len, column)) for column in zip(*cells))
     cells.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
-    return "\n".join("| " + " | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) + " |"
-                     for row in cells)
+    rows = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in cells]
+    return "\n".join(f"| {row} |" for row in rows)
 
 def run(options):
     """Evaluates all that was asked for and prints the table, or draws the curves of runs."""
     if options.curves:
-        print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
-        return
+        return print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
     if not options.checkpoint:
         raise ValueError("name a checkpoint, such as out/ckpt.pt, or logs with --curves")
     if bool(options.sugarcrepe) != bool(options.images):
@@ -599,16 +550,14 @@ def run(options):
         raise ValueError(f"{options.checkpoint}: was trained without --val; say what to evaluate with --data")
     for folder in folders:  # a slip in the last folder shows before the first one's hour of work
         read_folder(folder)
-    if options.pictures:
-        os.makedirs(options.pictures, exist_ok=True)
+    os.makedirs(options.pictures or ".", exist_ok=True)
     results = {folder: evaluate(model, tokenizer, config, folder, workers=options.workers,
                                 probe=options.probe, pictures=options.pictures) for folder in folders}
     if options.sugarcrepe:
         results |= sugarcrepe(model, tokenizer, config, options.sugarcrepe, options.images, options.workers)
     print(table(results))
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        Path(options.json).write_text(json.dumps(results, indent=1))
 
 def main():
     """The command line."""
