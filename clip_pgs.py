@@ -984,7 +984,8 @@ def show_masks(config, state):
     """Writes masks.png to --out: a row per photograph, its edges, attention and what each mask keeps of it.
     With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
     torch.manual_seed(config.seed)
-    clip, P, rows, generator = CLIP(config), config.patch_size, [], torch.Generator().manual_seed(config.seed)
+    clip, tiles, P = CLIP(config), [], config.patch_size
+    generator = torch.Generator().manual_seed(config.seed)
     if state:
         clip.load_state_dict(state["model"])
         clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
@@ -993,16 +994,15 @@ def show_masks(config, state):
         images = data.normalize(pixels)
         (attention, _), edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
-        tiles = [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),
-                 (evaluate.heat_map(attention, config.image_size), "class attention")]
+        tiles += [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),
+                  (evaluate.heat_map(attention, config.image_size), "class attention")]
         for name in MASKS[1:]:
-            keep, valid = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
-                                    embeddings=embeddings, alpha=state.get("progress", 0.0),
-                                    edges=config.edges, transport=config.transport)
-            tiles.append((evaluate.masked(pixels, keep, valid, P)[0], name))
-        rows += tiles
+            mask = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
+                             embeddings=embeddings, alpha=state.get("progress", 0.0), edges=config.edges,
+                             transport=config.transport)
+            tiles.append((evaluate.masked(pixels, *mask, P)[0], name))
     os.makedirs(config.out, exist_ok=True)
-    evaluate.sheet(f"{config.out}/masks.png", rows, len(tiles))
+    evaluate.sheet(f"{config.out}/masks.png", tiles, columns=len(tiles) // len(config.show_masks))
     print(f"wrote {config.out}/masks.png" + ("" if state else "; the encoder is untrained, see --resume"))
 
 def parse(arguments):
