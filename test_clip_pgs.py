@@ -97,9 +97,10 @@ def encoded(image, format="PNG", **options):
     image.save(raw, format, **options)
     return raw.getvalue()
 
-def noise_image(seed=0, size=(20, 20)):
-    """The bytes of a PNG of random pixels; size: height, width."""
-    return encoded(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)))
+def noise_image(seed=0, size=(20, 20), format="PNG"):
+    """The bytes of a picture of random pixels."""
+    pixels = np.random.default_rng(seed).bytes(3 * math.prod(size))
+    return encoded(Image.frombytes("RGB", size, pixels), format)
 
 def caption_of(i):
     return f"a {' '.join(data.PAIRS[i])} and number {i}"
@@ -136,7 +137,7 @@ def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates
     return str(path)
 
 def labelled(count):
-    return [{"jpg": noise_image(i, (32, 40)), "cls": str(i % 3).encode()} for i in range(count)]
+    return [{"jpg": noise_image(i, (40, 32), "JPEG"), "cls": str(i % 3).encode()} for i in range(count)]
 
 # -----------------------------------------------------------------------------
 # Config and command line.
@@ -1097,7 +1098,7 @@ def test_evaluation_reads_equal_keys_bytes_order_marks_and_u_fffd_and_passes_ove
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P"])
 def test_preprocess_resizes_crops_and_then_converts_with_clip_s_mean_and_deviation(mode):
-    image = Image.open(io.BytesIO(noise_image(0, (23, 37)))).convert(mode)
+    image = Image.open(io.BytesIO(noise_image(0, (37, 23)))).convert(mode)
     middle = image.resize((25, 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")   # 16 * 37 / 23 = 25.7
     mean, std = np.float32([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
