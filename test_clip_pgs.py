@@ -1,11 +1,9 @@
 """The promises of this project, one behaviour a test, in the order of the code.
 
-    pytest -q                        everything: a minute or two on 2 CPU cores, no GPU, no network, no data
-    pytest -q -k "mask or sinkhorn"  a part of it
+    pytest -q               everything: a minute or two on 2 CPU cores, no GPU, no network, no data
 
 Expected values come from elsewhere: a loop, a closed form, float64, finite differences, a drawn picture.
 """
-import copy
 import fcntl
 import gzip
 import io
@@ -13,7 +11,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import signal
@@ -31,10 +28,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU computes in bf16: nothing would
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.nn.parallel import DistributedDataParallel
 
 import clip_pgs
 import data
@@ -43,7 +38,6 @@ from clip_pgs import CLIP, MASKS, Config, make_mask, patch_similarity, sinkhorn,
 
 torch.set_num_threads(1)  # tiny tensors, and the processes started here use one thread, too
 HERE = os.path.dirname(os.path.abspath(__file__))
-CPU = torch.device("cpu")
 
 # -----------------------------------------------------------------------------
 # What the tests are made of: a tiny model, numbers, pictures, shards.
@@ -67,71 +61,49 @@ def seeded(seed=0):
 def noise_images(B, H=16, W=16, seed=0):
     return torch.randn(B, 3, H, W, generator=seeded(seed))
 
-def random_tokens(B, T=24, end=599):
-    """(B, T): <start>, between 1 and T - 2 ids, <end>, zeros."""
-    rng, tokens = np.random.default_rng(0), torch.zeros(B, T, dtype=torch.int64)
-    for row, length in zip(tokens, rng.integers(1, T - 1, B)):
-        row[:length + 2] = torch.tensor([end - 1, *rng.integers(1, end - 1, length), end])
-    return tokens
+def random_tokens(B):
+    """(B, 24): <start>, between 1 and 22 ids, <end>, zeros."""
+    ends = torch.randint(2, 24, (B, 1), generator=seeded())
+    tokens = torch.randint(1, 598, (B, 24), generator=seeded()).scatter(1, ends, 599)
+    tokens[:, 0] = 598
+    return tokens.masked_fill(torch.arange(24) > ends, 0)
 
-def picture(size=32, background=(90, 100, 110)):
-    """A red disc with a white cross on a plain background, as PIL draws it."""
-    image = Image.new("RGB", (size, size), background)
-    draw, s = ImageDraw.Draw(image), size / 32
-    draw.ellipse((9 * s, 9 * s, 26 * s, 26 * s), fill=(220, 40, 30))
-    draw.line((12 * s, 17 * s, 23 * s, 17 * s), fill="white", width=2)
-    draw.line((17 * s, 12 * s, 17 * s, 23 * s), fill="white", width=2)
-    return image
-
-def scene(seed, size=224):
+def scene(seed):
     """A sky that fades, a meadow with grain, 20 discs and boxes: as smooth and as rough as photographs."""
-    rng, y = np.random.default_rng(seed), np.linspace(0, 1, size)[:, None, None]
-    grain = Image.fromarray(rng.normal(0, 1, (size // 8, size // 8)).astype(np.float32))
-    grain = np.asarray(grain.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    rng, y = np.random.default_rng(seed), np.linspace(0, 1, 224)[:, None, None]
+    grain = Image.fromarray(rng.normal(0, 1, (28, 28)).astype(np.float32))
+    grain = np.asarray(grain.resize((224, 224), Image.Resampling.BICUBIC))[..., None]
     sky, meadow = (1 - y) * rng.uniform(90, 220, 3) + y * rng.uniform(140, 250, 3), rng.uniform(60, 140, 3)
     pixels = np.where(y < 0.6, sky + 2 * grain, meadow + 25 * grain).clip(0, 255)
     image = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for kind in ("ellipse", "rectangle") * 10:
+    for shape in (draw.ellipse, draw.rectangle) * 10:
         x, y, width, height = rng.integers((0, 60, 12, 12), (200, 160, 60, 60)).tolist()
-        colour = tuple(rng.integers(0, 256, 3).tolist())
-        getattr(draw, kind)((x, y, x + width, y + height), fill=colour)
+        shape((x, y, x + width, y + height), fill=tuple(rng.integers(0, 256, 3).tolist()))
     return image
 
-def for_model(image):
-    """(1, 3, H, W): a PIL image with CLIP's mean and std."""
-    pixels = np.asarray(image.convert("RGB"), np.float64) / 255
-    return torch.tensor((pixels - data.MEAN) / data.STD).float().permute(2, 0, 1)[None]
+PLAIN = Image.new("RGB", (16, 16), (13, 130, 77))
+TWO_COLOURS = PLAIN.copy()
+TWO_COLOURS.paste("yellow", (6, 0, 16, 16))
+KINDS = [noise_images(1), *(evaluate.preprocess(x, 16)[None] for x in (PLAIN, TWO_COLOURS, scene(0)))]
 
-def two_colours(size=16, split=6):
-    image = Image.new("RGB", (size, size), "black")
-    image.paste((255, 200, 0), (split, 0, size, size))
-    return image
-
-KINDS = {"noise": noise_images(1), "constant": for_model(Image.new("RGB", (16, 16), (13, 130, 77))),
-         "two colours": for_model(two_colours()), "drawn": for_model(picture(16))}
-each_mask = pytest.mark.parametrize("mask", MASKS)
-
-def masked(name, images, ratio, seed=0, **options):
+def masked(name, images, ratio, **options):
     """make_mask on patches of 4 x 4 pixels; attentive sees a random attention."""
-    L = images.shape[2] // 4 * (images.shape[3] // 4)
-    attention = torch.rand(len(images), L, generator=seeded(seed + 1))
-    return make_mask(name, images, ratio, seeded(seed), **dict(patch_size=4, attention=attention) | options)
-
-WORDS = "red green blue small large old new round square striped plain dotted".split()
+    attention = torch.rand(len(images), images[0, 0].numel() // 16, generator=seeded(1))
+    return make_mask(name, images, ratio, seeded(), **dict(patch_size=4, attention=attention) | options)
 
 def encoded(image, format="PNG", **options):
     raw = io.BytesIO()
     image.save(raw, format, **options)
     return raw.getvalue()
 
-def noise_image(seed=0, width=20, height=20, mode="RGB", format="PNG"):
+def noise_image(seed=0, size=(20, 20), format="PNG"):
     """The bytes of a picture of random pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return encoded(Image.fromarray(pixels).convert(mode), format)
+    pixels = np.random.default_rng(seed).bytes(3 * math.prod(size))
+    return encoded(Image.frombytes("RGB", size, pixels), format)
 
 def caption_of(i):
-    return f"a {WORDS[i % 12]} {WORDS[i * 5 % 12]} thing number {i}"
+    return f"a {' '.join(data.PAIRS[i])} and number {i}"
 
 def write_shard(path, members, **options):
     """A tar with these (name, bytes) members, by Python's own tarfile; its path."""
@@ -165,8 +137,7 @@ def make_folder(path, samples, shards="1", classnames="cat\ndog\nfox", templates
     return str(path)
 
 def labelled(count):
-    return [{"jpg": noise_image(number, 40, 32, format="JPEG"), "cls": str(number % 3).encode()}
-            for number in range(count)]
+    return [{"jpg": noise_image(i, (40, 32), "JPEG"), "cls": str(i % 3).encode()} for i in range(count)]
 
 # -----------------------------------------------------------------------------
 # Config and command line.
@@ -227,25 +198,25 @@ def edges_by_loop(image, P):
     edges = np.array([p.mean() for p in patches_by_loop(torch.tensor(magnitude)[None], P)])
     return (edges - edges.min()) / max(edges.max() - edges.min(), 1e-9)                 # flat: zeros
 
-@pytest.mark.parametrize("images", [*KINDS.values(), noise_images(1, 8, 20)])
+@pytest.mark.parametrize("images", [*KINDS, noise_images(1, 8, 20)])
 def test_edges_equal_sobel_s_filter_by_hand(images):
-    assert sobel_edges(images, 4)[0].numpy() == pytest.approx(edges_by_loop(images[0], 4), abs=1e-5)
+    edges = sobel_edges(torch.cat([images, 3 * images]), 4)[0]          # each image has its own scale
+    assert edges.numpy() == pytest.approx(edges_by_loop(images[0], 4), abs=1e-5)
 
 # -----------------------------------------------------------------------------
 # Masks: optimal transport.
 
-def alternating_sinkhorn(S, eps=0.05, tolerance=1e-9):
+def alternating_sinkhorn(S, tolerance=1e-9):
     """Rows and columns normalised in turns, in float64, until nothing moves."""
-    plan, before = (S.double() / eps).exp(), 0
-    while torch.as_tensor(plan - before).abs().max() > tolerance:
-        before = plan
-        plan = plan / plan.sum(2, keepdim=True)
+    plan, before = (S.double() / 0.05).exp(), torch.zeros(1)
+    while (plan - before).abs().max() > tolerance:
+        before, plan = plan, plan / plan.sum(2, keepdim=True)
         plan = plan / plan.sum(1, keepdim=True)
     return plan
 
 REPEATED = F.normalize(torch.randn(16, 4, generator=seeded()), dim=1)[[0] * 7 + [1] * 3 + [2, 3, 4, 5, 6, 7]]
 
-@pytest.mark.parametrize("S", [patch_similarity(KINDS["drawn"], 4), (REPEATED @ REPEATED.T)[None]])
+@pytest.mark.parametrize("S", [patch_similarity(KINDS[3], 4), (REPEATED @ REPEATED.T)[None]])
 def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
     assert sinkhorn(S).double().allclose(alternating_sinkhorn(S), atol=1e-5, rtol=0)
 
@@ -261,14 +232,13 @@ def test_the_balanced_similarity_ranks_each_row_as_the_log_of_the_transport_plan
 
 @pytest.mark.parametrize("low, high", [(0.5, 0.5), (0.25, 0.75)])
 def test_the_highest_scores_go_as_many_as_are_above_one_half_within_the_range(low, high):
-    rng, noise = random.Random(0), torch.rand(4, 20, generator=seeded())
-    score = torch.tensor([[rng.randint(0, 4) / 4 + b for _ in range(20)] for b in (-0.3, 0, 0.1, 0.4)])
+    score = torch.randint(5, (4, 20), generator=seeded()) / 4 + torch.tensor([[-0.3], [0], [0.1], [0.4]])
+    noise = torch.rand(4, 20, generator=seeded(1))
     keep, valid = clip_pgs.remove(score, (low, high), noise)
-    for row, scores in enumerate(score.tolist()):
-        n = min(max(sum(s > 0.5 for s in scores), round(20 * low)), round(20 * high))
-        order = sorted(range(20), key=lambda i: (scores[i], noise[row, i].item()), reverse=True)
-        assert keep[row, :20 - n].tolist() == sorted(order[n:])
-        assert (20 - round(20 * low) if valid is None else valid[row, :20 - n].sum()) == 20 - n
+    for row, above in enumerate((score > 0.5).sum(1).tolist()):
+        n = 20 - min(max(above, round(20 * low)), round(20 * high))
+        assert keep[row, :n].tolist() == sorted(np.lexsort((noise[row], score[row]))[:n])
+        assert keep.shape[1] == n if valid is None else valid[row].nonzero()[:, 0].tolist() == [*range(n)]
 
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize("ratio, size, kept", [(0.3, (16, 16), 11), (0.75, (8, 20), 2), (0.99, (4, 12), 1)])
@@ -289,18 +259,14 @@ def test_center_keeps_each_cell_as_often_as_a_plain_simulation():
         count[np.argsort(rng.random(36) + density.ravel())[18:]] += 1
     assert share.sub(torch.tensor(count / 4000)).abs().max() < 0.05
 
-def test_attentive_keeps_the_blocks_with_the_highest_attention():
-    attention = torch.rand(3, 16, generator=seeded())
-    blocks = attention.view(3, 2, 2, 2, 2).mean((2, 4), keepdim=True).expand(3, 2, 2, 2, 2).flatten(1)
-    keep, _ = masked("attentive", noise_images(3), (0.5,), attention=attention)
-    assert keep.equal(blocks.argsort(1)[:, 8:].sort(1).values)
-
-@pytest.mark.parametrize("ratio", [0.5, 0.3])
-def test_attentive_splits_at_most_one_block_and_removes_the_exact_number(ratio):
+@pytest.mark.parametrize("ratio, kept", [(0.5, [4] * 24 + [2]), (0.3, [4] * 34 + [1])])
+def test_attentive_keeps_the_blocks_with_the_highest_attention_and_splits_at_most_one(ratio, kept):
     attention = torch.rand(20, 196, generator=seeded())
     keep, _ = make_mask("attentive", torch.zeros(20, 3, 224, 224), (ratio,), seeded(1), attention=attention)
-    kept = torch.zeros(20, 196).scatter(1, keep, 1.0).view(20, 7, 2, 7, 2).sum((2, 4))  # of each block
-    assert keep.shape[1] == 196 - round(ratio * 196) and (kept % 4 > 0).sum((1, 2)).max() <= 1
+    of_block, blocks = (x.view(20, 7, 2, 7, 2).sum((2, 4)).flatten(1)
+                        for x in (torch.zeros(20, 196).scatter(1, keep, 1), attention))
+    best_first = of_block.take_along_dim(blocks.argsort(1, descending=True), 1)
+    assert best_first.equal(F.pad(torch.tensor(kept), (0, 49 - len(kept))).float().expand(20, 49))
 
 def test_attentive_ranks_single_patches_where_the_grid_is_odd():
     attention = torch.rand(3, 15, generator=seeded())
@@ -323,10 +289,9 @@ def test_cluster_removes_what_is_most_similar_to_its_anchor():
 def scenes():
     """What make_mask gets of 12 scenes and a new ViT-B-16."""
     torch.manual_seed(0)
-    visual, images = CLIP(Config()).visual, torch.cat([for_model(scene(i)) for i in range(12)])
+    images = torch.stack([evaluate.preprocess(scene(i), 224) for i in range(12)])
     return dict(images=images, ratio=(0.5,), noise=torch.rand(12, 197, generator=seeded()), alpha=0.5,
-                embeddings=visual.patch_tokens(images).detach(),
-                attention=clip_pgs.class_attention(visual, images)[0])
+                embeddings=CLIP(Config()).visual.patch_tokens(images).detach())
 
 @pytest.mark.parametrize("transport", [True, False])
 def test_pgs_removes_what_is_most_similar_to_a_candidate(scenes, transport):
@@ -346,23 +311,16 @@ def test_with_a_range_pixels_alone_decide_how_many_go_and_embeddings_which(scene
                     for alpha in (0, 0.8))
     assert mixed[1].equal(plain[1]) and len(plain[1].sum(1).unique()) > 1 and not mixed[0].equal(plain[0])
 
-def patches_changed(keep, other):
-    """How many of the 98 patches that one mask keeps the other removes, mean over the images."""
-    return np.mean([len({*ours} - {*theirs}) for ours, theirs in zip(keep.tolist(), other.tolist())])
-
 @pytest.mark.parametrize("mask, switch, least", [
     ("pgs", dict(edges=False), 12), ("pgs", dict(transport=False), 2.5), ("pgs", dict(embeddings=None), 2.5),
     ("cluster", dict(embeddings=None), 2.5)])
 def test_every_switch_changes_the_mask_of_a_picture(scenes, mask, switch, least):
-    assert least < patches_changed(make_mask(mask, **scenes)[0], make_mask(mask, **scenes | switch)[0]) < 50
+    keep, other = (make_mask(mask, **scenes | changes)[0].tolist() for changes in ({}, switch))
+    assert least < np.mean([len({*ours} - {*theirs}) for ours, theirs in zip(keep, other)]) < 50
 
-def test_blocks_change_the_mask_of_a_picture(scenes):
-    single = scenes["attention"].argsort(1, descending=True)[:, :98]    # what rank alone would keep
-    assert patches_changed(make_mask("attentive", **scenes)[0], single) > 10
-
-@each_mask
+@pytest.mark.parametrize("mask", MASKS)
 def test_a_mask_does_not_depend_on_the_other_images_in_the_batch(mask):
-    images, noise = torch.cat([*KINDS.values()]), torch.rand(4, 17, generator=seeded())
+    images, noise = torch.cat(KINDS), torch.rand(4, 17, generator=seeded())
     embeddings, attention = (torch.rand(4, 16, *size, generator=seeded(1)) for size in ((8,), ()))
     together, *alone = (make_mask(
         mask, images[rows], (0.3, 0.7), patch_size=4, noise=noise[rows], embeddings=embeddings[rows],
@@ -388,31 +346,26 @@ def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # Model and teacher.
 
-def test_vit_b_16_has_as_many_parameters_as_open_clip_s():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in CLIP(Config()).parameters()) == 149_620_737
-
-def test_parameters_have_open_clip_s_names():
-    block = ("ln_1.weight ln_1.bias attn.in_proj_weight attn.in_proj_bias attn.out_proj.weight "
-             "attn.out_proj.bias ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias "
-             "mlp.c_proj.weight mlp.c_proj.bias").split()
-    blocks = [f"transformer.resblocks.{i}.{name}" for i in (0, 1) for name in block]
+def test_vit_b_16_has_open_clip_s_names_and_number_of_parameters():
+    block = [f"{layer}.{kind}" for layer in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+             for kind in ("weight", "bias")] + ["attn.in_proj_weight", "attn.in_proj_bias"]
+    blocks = [f"transformer.resblocks.{i}.{name}" for i in range(12) for name in block]
     visual = ("class_embedding positional_embedding proj conv1.weight ln_pre.weight ln_pre.bias "
               "ln_post.weight ln_post.bias").split() + blocks
     text = ("positional_embedding text_projection logit_scale token_embedding.weight ln_final.weight "
             "ln_final.bias").split() + blocks
-    assert sorted(CLIP(tiny()).state_dict()) == sorted(text + [f"visual.{name}" for name in visual])
+    with torch.device("meta"):
+        parameters = CLIP(Config()).state_dict()
+    assert sorted(parameters) == sorted(text + [f"visual.{name}" for name in visual])
+    assert sum(p.numel() for p in parameters.values()) == 149_620_737
 
-def test_quick_gelu_is_x_times_sigmoid_of_1_702_x():
-    x, block = torch.linspace(-4, 4, 9), CLIP(tiny(quick_gelu=True)).visual.transformer.resblocks[0]
-    assert block.mlp.gelu(x).allclose(x / (1 + (-1.702 * x).exp()))
-
-def test_a_block_equals_pytorch_s_own_transformer_layer_also_a_causal_one():
-    block, x = random_clip(tiny()).visual.transformer.resblocks[0], torch.randn(2, 5, 128, generator=seeded())
-    layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, "gelu", batch_first=True, norm_first=True)
-    ln_1, attn, ln_2, mlp = ([*part.parameters()] for part in (block.ln_1, block.attn, block.ln_2, block.mlp))
-    for theirs, ours in zip(layer.parameters(), attn + mlp + ln_1 + ln_2):
-        theirs.data.copy_(ours)
+@pytest.mark.parametrize("quick, gelu", [(False, F.gelu), (True, lambda x: x / (1 + (-1.702 * x).exp()))])
+def test_a_block_equals_pytorch_s_own_transformer_layer_also_a_causal_one(quick, gelu):
+    block = random_clip(tiny(quick_gelu=quick)).visual.transformer.resblocks[0]
+    layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, gelu, batch_first=True, norm_first=True)
+    x = torch.randn(2, 5, 128, generator=seeded())
+    ours = [p for part in (block.attn, block.mlp, block.ln_1, block.ln_2) for p in part.parameters()]
+    layer.load_state_dict(dict(zip(layer.state_dict(), ours)))
     assert block(x).allclose(layer(x), atol=1e-5)
     later = torch.nn.Transformer.generate_square_subsequent_mask(5)
     assert block(x, causal=True).allclose(layer(x, later), atol=1e-5)
@@ -444,29 +397,20 @@ def test_captions_encoded_together_get_the_features_of_each_alone():
 def test_gradient_checkpointing_gives_the_same_bits():
     assert one_step(tiny(**RANGE, grad_checkpointing=True)).equal(one_step(tiny(**RANGE)))
 
-def class_attention_by_brute_force(visual, images):
-    """Full softmax maps of every layer and head in float64; of those the class token's row."""
-    visual, rows = copy.deepcopy(visual).double(), []
-    x = visual.embed(images.double())
-    for block in visual.transformer.resblocks:
-        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        for q, k in ((qkv[..., i:i + 64], qkv[..., 128 + i:192 + i]) for i in (0, 64)):
-            rows.append((q @ k.mT / 8).softmax(2)[:, 0, 1:])
+@pytest.mark.parametrize("size, side", [(0, 16), (8, 8)])
+def test_class_attention_is_the_class_token_s_row_of_pytorch_s_maps_stretched_over_the_patches(size, side):
+    clip, images, maps = random_clip(tiny()), noise_images(3), []
+    seen = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    x = clip.visual.embed(seen)
+    for block in clip.visual.transformer.resblocks:
+        theirs, y = torch.nn.MultiheadAttention(128, 2, batch_first=True), block.ln_1(x)
+        theirs.load_state_dict(block.attn.state_dict())
+        maps.append(theirs(y, y, y)[1])                                 # mean over the heads
         x = block(x)
-    return torch.stack(rows).mean(0)
-
-def test_class_attention_is_the_class_token_s_row_of_all_attention_maps():
-    clip, images = random_clip(tiny()), noise_images(3)
-    attention, token = clip_pgs.class_attention(clip.visual, images)
-    assert attention.double().allclose(class_attention_by_brute_force(clip.visual, images), atol=1e-6)
-    assert (token @ clip.visual.proj).allclose(clip.encode_image(images), atol=1e-5)
-
-def test_class_attention_at_half_the_size_is_stretched_over_all_patches():
-    visual, images = random_clip(tiny()).visual, noise_images(3)
-    half = F.interpolate(images, (8, 8), mode="bilinear", antialias=True)
-    expected = class_attention_by_brute_force(visual, half).view(3, 1, 2, 2)
-    expected = F.interpolate(expected, (4, 4), mode="bilinear").flatten(1)
-    assert clip_pgs.class_attention(visual, images, size=8)[0].double().allclose(expected, atol=1e-6)
+    rows = sum(maps)[:, 0, 1:].view(3, 1, side // 4, side // 4) / len(maps)
+    attention, token = clip_pgs.class_attention(clip.visual, images, size)
+    assert attention.allclose(F.interpolate(rows, (4, 4), mode="bilinear").flatten(1), atol=1e-6)
+    assert (token @ clip.visual.proj).allclose(clip.encode_image(seen), atol=1e-5)
 
 @pytest.mark.parametrize("progress, share", [(0, 0.004), (0.5, 0.002), (1, 0)])
 def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progress, share):
@@ -481,29 +425,20 @@ def test_the_ema_takes_a_share_of_the_model_that_falls_to_zero_by_a_cosine(progr
 def features(B=6, E=4):
     return [torch.randn(B, E, dtype=torch.float64, generator=seeded(i), requires_grad=True) for i in (0, 1)]
 
-def loss_by_loop(images, texts, scale):
-    """Symmetric cross entropy as two nested loops over pairs."""
-    cosine = [[(i @ t / i.norm() / t.norm()).item() * scale for t in texts] for i in images]
-    total = 0.0
-    for a, row in enumerate(cosine):
-        column = [other[a] for other in cosine]
-        total += sum(math.log(sum(map(math.exp, logits))) - row[a] for logits in (row, column))
-    return total / (2 * len(images))
-
-def test_the_loss_and_its_gradient_equal_a_double_loop_over_the_decoded_pairs():
+def test_the_loss_is_the_cross_entropy_of_rows_and_columns_of_the_decoded_pairs_alone():
     (images, texts), decoded = features(), torch.tensor([True, False, True, True, False, True])
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
-    expected = loss_by_loop(images[decoded], texts[decoded], 9.0)
-    assert clip_pgs.clip_loss(images, texts, scale, decoded).item() == pytest.approx(expected, abs=1e-12)
+    scores = (9 * F.cosine_similarity(images[decoded][:, None], texts[decoded], dim=-1)).exp()
+    expected = -(scores.diagonal() ** 2 / scores.sum(0) / scores.sum(1)).log().mean() / 2
+    assert clip_pgs.clip_loss(images, texts, scale, decoded).allclose(expected, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(clip_pgs.clip_loss, (images, texts, scale, decoded))
 
-def test_nt_xent_equals_a_loop_over_both_views():
+def test_nt_xent_asks_for_the_other_view_among_all_others():
     a, b = features()
-    z, total = [x / x.norm() for x in (*a, *b)], 0.0
-    for i in range(12):
-        scores = {j: math.exp((z[i] @ z[j]).item() / 0.1) for j in range(12) if j != i}
-        total -= math.log(scores[(i + 6) % 12] / sum(scores.values()))
-    assert clip_pgs.nt_xent(a, b).item() == pytest.approx(total / 12, abs=1e-12)
+    z = torch.cat([a, b])
+    scores = (F.cosine_similarity(z[:, None], z, dim=-1) / 0.1).exp().fill_diagonal_(0)
+    expected = -(scores[range(12), np.roll(range(12), 6)] / scores.sum(1)).log().mean()
+    assert clip_pgs.nt_xent(a, b).allclose(expected, rtol=0, atol=1e-12)
     assert torch.autograd.gradcheck(clip_pgs.nt_xent, (a, b))
 
 def test_byol_is_the_mean_of_2_minus_2_cosines_and_teaches_one_side_only():
@@ -533,8 +468,7 @@ def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path, monkeypatch):
         assert (torch.cat([view.amin(1), view.amax(1)]) - (low + box * (high - low))).abs().max() < 5
 
 def test_only_matrices_decay():
-    clip = CLIP(tiny())
-    decay, rest = clip_pgs.make_optimizer(tiny(weight_decay=0.2), clip).param_groups
+    decay, rest = clip_pgs.make_optimizer(tiny(weight_decay=0.2), CLIP(tiny())).param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.2, 0)
     assert {p.ndim for p in decay["params"]} == {2, 4} and {p.ndim for p in rest["params"]} == {0, 1}
 
@@ -547,25 +481,21 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_zero():
 # -----------------------------------------------------------------------------
 # Optimizer, schedule and one step, in one pass or many, on one rank or two.
 
-BOXES = torch.tensor([[0.0, 0.0, 1.0, 0.7], [0.2, 0.1, 1.0, 1.0]])
-
 def one_step(config):
     """(1 + P,) loss and gradients of a step on 8 pairs, one of them not decoded, shared among the ranks."""
     (rank, world_size), V, clip = clip_pgs.ranks(), config.views, random_clip(config)
     heads = clip_pgs.Heads(config) if config.contrast else None
-    model = DistributedDataParallel(clip) if world_size > 1 else clip
+    model = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
     images = torch.randint(256, (V + (V > 1), 8, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    images, boxes = (x.chunk(world_size, dim=1)[rank] for x in (images, BOXES[:V, None].expand(-1, 8, -1)))
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 0.7]] * 8, [[0.2, 0.1, 1.0, 1.0]] * 8])[:V]
+    images, boxes = (x.chunk(world_size, dim=1)[rank] for x in (images, boxes))
     tokens, decoded = (x.chunk(world_size)[rank] for x in (random_tokens(8), torch.arange(8) != 5))
-    noise = clip_pgs.step_noise(config, 3, 8, CPU)
+    noise = clip_pgs.step_noise(config, 3, 8, "cpu")
     attention, taught = clip_pgs.teach(config, clip.visual, images, boxes)
     keep, valid = clip_pgs.batch_masks(config, clip.visual, attention, images[:V], noise, 0.5)
     loss = clip_pgs.gradients(config, model, heads, images[:V], tokens, keep, valid, decoded, taught)
-    if world_size > 1:
-        dist.all_reduce(loss)
     parameters = [*clip.parameters(), *(heads.parameters() if heads else ())]
-    grads = [p.grad.flatten() for p in parameters if p.requires_grad]
-    return torch.cat([loss.reshape(1) / world_size, *grads])
+    return torch.cat([loss[None], *(p.grad.flatten() for p in parameters if p.requires_grad)])
 
 FULL = dict(mask="attentive", views=2, contrast=("simclr", "byol"))     # A-CLIP
 RANGE = dict(mask="pgs", ratio=(0.25, 0.75))
@@ -577,21 +507,26 @@ def test_many_small_passes_make_the_gradients_of_one_large_batch(changes):
 
 def work_of_a_rank(rank, folder):
     """What two processes do for the tests below; leaves its results in the folder."""
-    torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # rank 1 reads the index that rank 0 has made
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     steps = [one_step(tiny(accum=accum, **changes)) for changes in (RANGE, FULL) for accum in (1, 2)]
-    clip_pgs.train(*clip_pgs.parse(options(folder, "--batch-size", 2, "--accum", 2, "--resume",
-                                           f"{folder}/one/epoch_1.pt", "--out", f"{folder}/resumed")), CPU)
-    torch.save(steps, f"{folder}/rank_{rank}.pt")
+    more = ("--batch-size", 2, "--accum", 2, "--resume", f"{folder}/one/epoch_1.pt", "--out", f"{folder}/two")
+    clip_pgs.train(*clip_pgs.parse(options(folder, *more)), torch.device("cpu"))
+    metrics = evaluate.evaluate(*SMALL_CLIP, f"{folder}/retrieval", rank, 2, workers=1)
+    with pytest.raises(ValueError, match="001.jpg does not decode"):    # a picture of rank 1: both hear of it
+        evaluate.evaluate(*SMALL_CLIP, f"{folder}/broken", rank, 2, workers=1)
+    torch.save((steps, metrics), f"{folder}/rank_{rank}.pt")
     os._exit(0)  # as main does
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """A folder with the work of one process (`one`) and of two: gradients, masks, whole training runs."""
+    """A folder with the work of one process (`one`) and of two: gradients, training runs, metrics."""
     folder = tmp_path_factory.mktemp("two_ranks")
     draw_shards(folder)
     val = make_folder(folder / "val", labelled(7))
+    samples = [{"jpg": noise_image(i), "txt": f"{i} a\n{i} b".encode()[:3 + i]} for i in range(16)]
+    make_folder(folder / "retrieval", samples, kind="retrieval")
+    make_folder(folder / "broken", [samples[0], samples[1] | {"jpg": b"no picture"}], kind="retrieval")
     command(*options(folder, "--out", folder / "one", "--keep-epochs", "--val", val))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(work_of_a_rank, (str(folder),), nprocs=2)
@@ -601,24 +536,25 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_give_the_loss_and_gradients_of_one_with_both_batches(two_ranks, number):
     expected = one_step(tiny(**(RANGE, FULL)[number // 2]))
     for rank in (0, 1):
-        assert torch.load(two_ranks / f"rank_{rank}.pt")[number].allclose(expected, rtol=0, atol=1e-5)
+        assert torch.load(two_ranks / f"rank_{rank}.pt")[0][number].allclose(expected, rtol=0, atol=1e-5)
 
 def test_a_run_of_one_rank_goes_on_with_two_and_with_its_folders(two_ranks):
-    assert losses(two_ranks / "resumed") == pytest.approx(losses(two_ranks / "one")[5:], abs=1e-5)
-    one, more = ([r["eval"] for r in read_log(two_ranks / n) if "eval" in r] for n in ("one", "resumed"))
-    assert more == one and one[1][f"{two_ranks}/val"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    one, two = read_log(two_ranks / "one")[5:], read_log(two_ranks / "two")
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-5)
+    assert [r.get("eval") for r in two] == [r.get("eval") for r in one]
+    assert one[-1]["eval"][f"{two_ranks}/val"].keys() == {"acc1", "acc5", "mean_per_class_recall"}
 
 def tiny_step(config, device, logit_scale=1.0):
     """train_step on 4 pairs with weights and noise on the device and SGD of rate 1: (numbers, clip)."""
     with torch.device(device):
-        clip, noise = random_clip(config), torch.rand(1, 4, 17)
+        clip, ema, noise = random_clip(config), random_clip(config).visual, torch.rand(1, 4, 17)
     clip.logit_scale.data.fill_(logit_scale)
     images, boxes = torch.arange(4 * 768).view(1, 4, 3, 16, 16).byte(), torch.zeros(1, 4, 4)
-    optimizer, ema = torch.optim.SGD(clip.parameters(), lr=1.0), copy.deepcopy(clip.visual)
+    optimizer = torch.optim.SGD(clip.parameters(), lr=1.0)
     return clip_pgs.train_step(config, clip, optimizer, ema, None, images, boxes, random_tokens(4),
                                torch.ones(4, dtype=torch.bool), noise, 0.5)[0], clip
 
-@each_mask
+@pytest.mark.parametrize("mask", MASKS)
 def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
     # Tensors on meta have no value: to read one is an error. It does not know autocast.
     monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())
@@ -644,20 +580,16 @@ def options(folder, *more):
             *map(str, more)]
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The records of a log without the speed, which differs from run to run."""
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records]
 
-def losses(folder):
-    return [record["loss"] for record in read_log(folder) if "eval" not in record]
-
-def without_speed(log):
-    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in log]
-
-def command(*arguments):
+def command(*arguments, module=clip_pgs):
     """`python clip_pgs.py arguments`, in this process, which keeps its command line and its signals."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["clip_pgs.py", *map(str, arguments)])
-        fault = clip_pgs.main()
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        fault = module.main()
     for number, handler in handlers:
         signal.signal(number, handler)
     if fault:
@@ -673,35 +605,33 @@ def train(tmp_path):
         return read_log(tmp_path / out)
     return run
 
-def saved_run(folder, out="out"):
-    return torch.load(folder / out / "ckpt.pt")
-
 def test_a_run_leaves_a_log_a_checkpoint_and_a_picture_and_says_what_to_do_next(train, tmp_path, capsys):
     log = train()
     assert [(record["step"], record["epoch"]) for record in log] == [(i + 1, i // 5 + 1) for i in range(10)]
-    assert log[0].keys() == {"step", "epoch", "loss", "lr", "logit_scale", "images_per_s", "kept"}
+    assert log[0].keys() == {"step", "epoch", "loss", "lr", "logit_scale", "kept"}
+    assert (tmp_path / "out" / "log.jsonl").read_text().count('"images_per_s": ') == 10
     files = ".lock ckpt.pt curves.png index.json index.npy log.jsonl masks.png"
-    assert sorted(os.listdir(tmp_path / "out")) == files.split() and saved_run(tmp_path)["step"] == 10
+    assert sorted(os.listdir(tmp_path / "out")) == files.split()
+    assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 10
     printed = capsys.readouterr().out
     assert "8 of 16 patches removed" in printed and "python evaluate.py" in printed.splitlines()[-1]
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_digit_with_any_number_of_workers(train):
     first = train("--seed", 1)
-    assert without_speed(train("--seed", 1, "--workers", 2, out="again")) == without_speed(first)
-    assert without_speed(train("--seed", 2, out="other")) != without_speed(first)
+    assert train("--seed", 1, "--workers", 2, out="again") == first
+    assert train("--seed", 2, out="other") != first
 
-@pytest.mark.parametrize("more", [
-    "--mask pgs --text-tokens 4", "--mask attentive --views 2 --contrast simclr byol"])
+@pytest.mark.parametrize("more", ["--text-tokens 4", "--mask attentive --views 2 --contrast simclr byol"])
 def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp_path, more):
     whole = train(*more.split(), "--keep-epochs", "--ratio", 0.3, 0.5)
     command("--resume", tmp_path / "out" / "epoch_1.pt", "--out", tmp_path / "rest")
-    assert without_speed(read_log(tmp_path / "rest")) == without_speed(whole)[5:]
+    assert read_log(tmp_path / "rest") == whole[5:]
 
-def test_a_run_that_was_killed_before_the_evaluation_of_its_last_epoch_makes_up_for_it(train, tmp_path):
-    whole = train("--val", make_folder(tmp_path / "pets", labelled(10)))
-    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "out" / "log.jsonl").write_text("".join(lines[:-1]))
-    assert "eval" in whole[-1] and train("--resume", "--epochs", 2) == whole
+def test_a_run_killed_before_its_evaluation_makes_up_for_it_and_drops_damaged_lines(train, tmp_path, capsys):
+    whole, log = train("--val", make_folder(tmp_path / "pets", labelled(10))), tmp_path / "out" / "log.jsonl"
+    log.write_text("\n".join([*log.read_text().splitlines()[:-1], "\0\0\0", "", "{}", "3"]))
+    assert "eval" in whole[-1] and train("--resume") == whole == train("--resume")
+    assert "4 damaged lines" in capsys.readouterr().out
 
 def test_training_learns_its_pairs_by_heart(train):
     log = train("--epochs", 20, "--lr", 0.003, "--mask", "none", "--scale", 1, 1)
@@ -714,7 +644,7 @@ def test_the_last_epochs_can_see_whole_images_but_no_more_than_half_of_the_run(t
 def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(train, tmp_path):
     with pytest.raises(SystemExit, match="^error: step 2: the loss is nan[^\n]*$"):
         train("--lr", 1e30, "--save-every", 1)
-    assert saved_run(tmp_path)["step"] == 1
+    assert torch.load(tmp_path / "out" / "ckpt.pt")["step"] == 1
 
 def test_resuming_needs_the_same_images_per_step_and_samples_and_nothing_else(train, tmp_path):
     train("--steps", 3)
@@ -758,28 +688,22 @@ def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path):
         _, errors = second.communicate(timeout=60)
     assert second.returncode == 1 and "another process trains there" in errors and "Traceback" not in errors
 
-def test_damaged_lines_of_a_log_are_dropped_with_a_warning(train, tmp_path, capsys):
-    train("--epochs", 1)
-    with open(tmp_path / "out" / "log.jsonl", "a") as log:
-        log.write("\0\0\0\n\n{}\n3\n")
-    assert len(train("--resume", "--epochs", 2)) == 10 and "4 damaged lines" in capsys.readouterr().out
-
 def test_a_folder_that_fails_is_named_and_does_not_end_the_training(train, tmp_path, capsys):
     bad = make_folder(tmp_path / "bad", [*labelled(1), dict(jpg=b"no picture", cls=b"1")])
     with pytest.raises(SystemExit) as stop:
         train("--val", bad, make_folder(tmp_path / "good", labelled(3)))
     printed = capsys.readouterr().out
-    assert stop.value.code == 1 and len(losses(tmp_path / "out")) == 10
+    assert stop.value.code == 1 and len(read_log(tmp_path / "out")) == 10 + 2
     assert f"| {bad}" in printed and "001.jpg does not decode" in printed and "wrote" in printed
 
 def test_init_starts_from_weights_with_a_new_optimizer_and_another_image_size(train, tmp_path):
     train("--steps", 3)
     train("--init", tmp_path / "out" / "ckpt.pt", "--image-size", 32, "--lr", 0, "--steps", 2, out="fine")
-    (old, new), name = (saved_run(tmp_path, out) for out in ("out", "fine")), "visual.positional_embedding"
+    old, new = (torch.load(tmp_path / out / "ckpt.pt") for out in ("out", "fine"))
+    grids = [run["model"].pop("visual.positional_embedding")[1:].T.unflatten(1, (side, side))
+             for run, side in ((old, 4), (new, 8))]
+    assert grids[1].equal(F.interpolate(grids[0][None], (8, 8), mode="bicubic", antialias=True)[0])
     assert new["step"] == 2 and new["merges"] == old["merges"]
-    grid = old["model"].pop(name)[1:].T.view(1, -1, 4, 4)
-    grid = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True)  # as an image
-    assert new["model"][name][1:].equal(grid.flatten(2)[0].T)
     assert all(new["model"][name].equal(x) for name, x in old["model"].items() if name != "logit_scale")
 
 def test_bf16_on_a_cpu_is_near_fp32(train):
@@ -811,34 +735,35 @@ def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(train, tmp_p
     steps = log.read_text().count("\n")
     assert process.returncode == status and errors.endswith(says.format(steps)) and "Traceback" not in errors
     command("--resume", "--out", tmp_path / "out")
-    assert steps < 30 and without_speed(read_log(tmp_path / "out")) == without_speed(whole)
+    assert steps < 30 and read_log(tmp_path / "out") == whole
 
 def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
     draw_shards(tmp_path)
     most = 100_000  # bytes in a file: too few for rank 0's checkpoint after step 3, while rank 1 goes on
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 clip_pgs.py".split()
-    command_line = options(tmp_path, "--model", "demo", *LONG, "--out", tmp_path)
-    run = subprocess.run([sys.executable, *torchrun, *command_line],
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
-                         timeout=60, capture_output=True, **ONE_THREAD)
+    arguments = [*torchrun, *options(tmp_path, "--model", "demo", *LONG, "--out", tmp_path)]
+    run = subprocess.run([sys.executable, *arguments], timeout=60, capture_output=True, **ONE_THREAD,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
     assert run.returncode == 1 and f"error: {tmp_path}/ckpt.pt: " in run.stderr
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--data {}/missing.tar", "missing.tar: no such file"),
-    ("--data {}/good.tar --batch-size 9", "9 images per step, but only 8 samples"),
-    ("--data {}/good.tar --val {}/nowhere", "nowhere: no such folder"),
-    ("--data {}/good.tar --resume {}/good.tar", "good.tar: refused"),
-    ("--show-masks {}/good.tar", "good.tar: cannot identify image file")])
-def test_bad_input_ends_in_one_clear_line_and_exit_status_1(tmp_path, arguments, says):
-    write_shard(tmp_path / "good.tar", pairs(range(8)))
+    ("--data a.tar", "a.tar: no such file"), ("--data *.rat", "no file"), ("--data {3..1}.tar", "range"),
+    ("--data .", "a folder"), ("--batch-size 9", "9 images per step, but only 8 samples"),
+    ("--val nowhere", "nowhere: no such folder"), ("--resume good.tar", "good.tar: refused"),
+    ("--vocab good.tar", "--vocab good.tar: [^\n]*not CLIP"), ("--vocab three.gz", "--vocab three.gz: "),
+    ("--show-masks good.tar", "good.tar: cannot identify image file")])
+def test_bad_input_ends_in_one_clear_line_and_exit_status_1(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    write_shard("good.tar", pairs(range(8)))
+    (tmp_path / "three.gz").write_bytes(gzip.compress(b"version\nthree words here\n"))
     with pytest.raises(SystemExit, match=rf"^error: [^\n]*{says}[^\n]*$"):
-        command(*SMALL, "--out", tmp_path / "out", *arguments.format(*[tmp_path] * 2).split())
+        command("--data", "good.tar", *SMALL, *arguments.split())
 
 def test_masks_are_shown_of_photographs_of_any_mode_also_with_a_trained_encoder(train, tmp_path):
     train("--mask", "attentive", "--steps", 2)
     photos = [tmp_path / "palette.png", tmp_path / "cmyk.jpg"]
     for photo, mode in zip(photos, ("P", "CMYK")):
-        picture(50).convert(mode).save(photo)
+        scene(0).convert(mode).save(photo)
     for number, more in enumerate((SMALL, ("--resume", tmp_path / "out" / "ckpt.pt"))):
         command("--show-masks", *photos, *more, "--out", tmp_path / f"{number}")
         # Two rows of photograph, edges, attention and five masks, a line of text below each.
@@ -856,11 +781,6 @@ def test_brace_ranges_keep_their_width_and_multiply_and_a_shard_named_twice_is_r
     for path in every:
         open(path, "w").close()
     assert data.expand([f"{tmp_path}/{{08..10}}-{{1..2}}", f"{tmp_path}/*", every[0]]) == every
-
-@pytest.mark.parametrize("name, says", [("*.rat", "no file"), ("{3..1}.tar", "range"), ("", "a folder")])
-def test_a_pattern_that_stands_for_nothing_is_refused(tmp_path, name, says):
-    with pytest.raises(ValueError, match=says):
-        data.expand([f"{tmp_path}/{name}"])
 
 @pytest.mark.parametrize("names, samples", [
     ("v1.0/7.seg.png v1.0/7.TXT 7.txt", "v1.0/7:seg.png,txt 7:txt"), ("._7.txt a/.b.png 7.txt", "7:txt"),
@@ -942,7 +862,6 @@ def test_an_epoch_shuffles_all_samples_and_yet_reads_its_shards_nearly_one_after
     shards = index["shard"][order]
     assert (np.ptp(shards.reshape(50, 100)[:, 10:90], 1) == 0).all() and (np.diff(shards[50::100]) < 0).any()
 
-
 # -----------------------------------------------------------------------------
 # data.py: images and words.
 
@@ -952,7 +871,7 @@ def test_images_of_the_known_formats_decode():
         assert image.size == (30, 20) and image.getpixel((10, 10))[0] > 250, format
 
 @pytest.mark.parametrize("says, raw", [
-    ("truncated", encoded(picture(64), "JPEG")[:-300]), ("cannot identify", encoded(picture(64), "EPS")),
+    ("truncated", encoded(scene(0), "JPEG")[:-300]), ("cannot identify", encoded(scene(0), "EPS")),
     ("9000x9000 pixels", encoded(Image.new("1", (9000, 9000))))], ids=["cut", "EPS", "bomb"])
 def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(says, raw):
     with pytest.raises(ValueError, match=f"^[^\n]*{says}[^\n]*$") as error:
@@ -975,12 +894,12 @@ def test_transparent_parts_lie_on_white_in_training(palette):
     assert pixels[:, :, :3].min() > 250 and pixels[:, :, 5:].max() < 5
 
 def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not(tmp_path):
-    photo, exif = two_colours(16, 8), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6                                                    # to be turned by a quarter, clockwise
-    raw = encoded(photo.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    raw = encoded(TWO_COLOURS.transpose(Image.Transpose.ROTATE_90), exif=exif)
     (tmp_path / "0.png").write_bytes(raw)
     seen = batches(tmp_path, [("0.png", raw), ("0.txt", b"x")], [[0]], tiny(scale=(1, 1)))[0][0][0, 0]
-    assert (seen.permute(1, 2, 0).numpy() == np.asarray(photo)).all()
+    assert (seen.permute(1, 2, 0).numpy() == np.asarray(TWO_COLOURS)).all()
     assert evaluate.open_photo(str(tmp_path / "0.png"), 16).equal(seen)
     assert not evaluate.resize_and_crop(data.decode_image(raw), 16).equal(seen)
 
@@ -994,8 +913,8 @@ def test_random_boxes_have_the_area_and_shape_asked_for_and_a_very_long_picture_
     assert data.random_box(300, 21, (0.9, 1), rng).tolist() == [136, 0, 164, 21]
 
 def test_a_crop_is_that_part_of_the_picture_as_pillow_resizes_it():
-    part = picture(64).crop((4, 10, 60, 58)).resize((32, 32), Image.Resampling.BICUBIC)
-    crop = data.crops(picture(64), np.array([[4, 10, 60, 58]]), 32)[0].permute(1, 2, 0).numpy()
+    part = scene(0).crop((14, 35, 210, 203)).resize((112, 112), Image.Resampling.BICUBIC)
+    crop = data.crops(scene(0), np.array([[14, 35, 210, 203]]), 112)[0].permute(1, 2, 0).numpy()
     assert np.abs(crop - np.asarray(part, int)).max() <= 2 and (crop == np.asarray(part)).mean() > 0.8
 
 @pytest.mark.parametrize("size", [(640, 640), (769, 3001)])
@@ -1042,18 +961,11 @@ def merges_by_loop(captions, num_merges):
     return "\n".join(merges)
 
 def test_learned_merges_are_those_of_the_plain_algorithm():
-    rng = random.Random(0)
-    texts = ["".join(rng.choice("aab bnc ") for _ in range(30)) for _ in range(40)] + ["aaaaa banana"] * 3
-    texts += ["".join(rng.choice("日本の") for _ in range(30)) for _ in range(10)]      # a script without spaces
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice([*"aab bnc "], 30)) for _ in range(40)] + ["aaaaa banana"] * 3
+    texts += ["".join(rng.choice([*"日本の"], 30)) for _ in range(10)]  # a script without spaces
     for captions in (texts, texts[-1:]):                                # of one, fewer than 80 can be learned
         assert data.learn_merges(captions, 80) == merges_by_loop(captions, 80)
-
-def test_a_vocabulary_file_that_is_something_else_is_a_value_error_that_names_it(tmp_path):
-    for raw in (b"plain text", gzip.compress(b"version\nthree words here\n")):
-        (tmp_path / "vocab.gz").write_bytes(raw)
-        with pytest.raises(ValueError, match="^--vocab [^\n]*vocab.gz[^\n]*$"):
-            data.Tokenizer.from_file(str(tmp_path / "vocab.gz"))
-
 
 # -----------------------------------------------------------------------------
 # data.py: batches, pack, the demo.
@@ -1116,23 +1028,17 @@ def test_a_caption_that_is_none_is_a_value_error(tmp_path, kind, raw):
     with pytest.raises(ValueError, match="caption"):
         data.captions(path, data.build_index([path])[0][0])
 
-def run_main(module, *arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        module.main()
-
 def packed(folder, text):
     (folder / "list.tsv").write_bytes(text.encode("utf-8", "surrogateescape"))
-    run_main(data, "pack", folder / "list.tsv", folder / "out", "--shard-size", 2)
+    command("pack", folder / "list.tsv", folder / "out", "--shard-size", 2, module=data)
     return data.expand([f"{folder}/out/*.tar"])
 
 def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_sample(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.x.PNG").write_bytes(noise_image(i))
-    lines = "\ufeff0.x.PNG\tü 0\n0.x.PNG\tanother\n1.x.PNG\tone \ufffd\n2.x.PNG\ttwo\n0.x.PNG\tagain\n"
-    shards = packed(tmp_path, lines)
+    shards = packed(tmp_path, "\ufeff0.x.PNG\tü 0\n0.x.PNG\tb\n1.x.PNG\t\ufffd\n2.x.PNG\tc\n0.x.PNG\td\n")
     index, _ = data.build_index(shards)
-    assert contents(shards, index) == (["ü 0\nanother", "one \ufffd", "two", "again"],
+    assert contents(shards, index) == (["ü 0\nb", "\ufffd", "c", "d"],
                                        [noise_image(i) for i in (0, 1, 2, 0)])
     assert [key for key, _ in data.tar_samples(shards[1])[0]] == ["000000002", "000000003"]
 
@@ -1162,21 +1068,16 @@ def test_demo_scenes_are_the_same_every_time_and_no_two_alike_and_unseen_pairs_a
 
 def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SPLITS", {"train": 3, "seen": 2, "unseen": 2, "retrieval": 2})
-    run_main(data, "demo", tmp_path / "demo")
+    command("demo", tmp_path / "demo", module=data)
     folders = [evaluate.read_folder(f"{tmp_path}/demo/{split}") for split in ("seen", "unseen", "retrieval")]
     assert [(len(folder.samples), len(folder.classnames)) for folder in folders] == [(2, 64), (2, 64), (2, 0)]
     assert len(data.build_index([f"{tmp_path}/demo/train/00000.tar"])[0]) == 3
 
-
 # -----------------------------------------------------------------------------
 # evaluate.py, on folders of a few small pictures, a model of random weights and its checkpoint.
 
-@pytest.fixture(scope="module")
-def small_clip():
-    """A model of random weights that knows bytes and no merges, its tokenizer, its Config."""
-    config = Config(model="demo", image_size=16, patch_size=8, context_length=24, vocab_size=514)
-    torch.manual_seed(0)
-    return CLIP(config).eval(), data.Tokenizer("", 24), config
+torch.manual_seed(2)  # a model for which the pictures below are of different classes
+SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(vocab_size=514)
 
 @pytest.mark.parametrize("message, broken", [
     ("nshards.txt: missing", dict(shards="")), ("1.tar: missing, though nshards.txt says", dict(shards="2")),
@@ -1198,7 +1099,7 @@ def test_evaluation_reads_equal_keys_bytes_order_marks_and_u_fffd_and_passes_ove
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P"])
 def test_preprocess_resizes_crops_and_then_converts_with_clip_s_mean_and_deviation(mode):
-    image = Image.open(io.BytesIO(noise_image(0, 37, 23))).convert(mode)
+    image = Image.open(io.BytesIO(noise_image(0, (37, 23)))).convert(mode)
     middle = image.resize((25, 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")   # 16 * 37 / 23 = 25.7
     mean, std = np.float32([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
@@ -1213,47 +1114,34 @@ def test_of_a_very_long_picture_only_the_middle_is_resized(size):
     assert seen.shape == (3, 224, 224) and (seen.float().mean() - 99.5).abs() < 2   # pixel 20,000
 
 @torch.no_grad()
-def test_classification_equals_a_loop_and_a_class_without_an_image_has_no_recall(tmp_path, small_clip):
-    model, tokenizer, config = small_clip
-    classes, hits = [], [[], [], []]
-    for name in ("cat", "dog", "fox", "owl"):
-        both = F.normalize(model.encode_text(tokenizer.encode([f"a {name}", f"the {name}."])), dim=-1)
-        classes.append(both.mean(0) / both.mean(0).norm())
-    for sample in labelled(20):
-        image = evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16)[None]
-        scores, label = [float(model.encode_image(image)[0] @ c) for c in classes], int(sample["cls"])
-        hits[label].append(scores.index(max(scores)) == label)
-    folder, recalls = make_folder(tmp_path / "f", labelled(20), "1", "cat\ndog\nfox\nowl"), map(np.mean, hits)
+def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_recall(tmp_path):
+    model, tokenizer, config = SMALL_CLIP
+    images = [evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16) for sample in labelled(20)]
+    texts = [[f"a {name}", f"the {name}."] for name in ("cat", "dog", "fox", "owl")]
+    classes = [F.normalize(model.encode_text(tokenizer.encode(both)), dim=-1).mean(0) for both in texts]
+    images = model.encode_image(torch.stack(images))[:, None]
+    nearest = F.cosine_similarity(images, torch.stack(classes), dim=-1).argmax(1)
+    hits = (nearest == torch.arange(20) % 3).double().numpy()
+    recall = np.mean([hits[label::3].mean() for label in range(3)])
+    folder = make_folder(tmp_path / "f", labelled(20), classnames="cat\ndog\nfox\nowl")
     assert evaluate.evaluate(model, tokenizer, config, folder) == pytest.approx(
-        {"acc1": sum(map(sum, hits)) / 20, "acc5": 1, "mean_per_class_recall": sum(recalls) / 3})
+        {"acc1": hits.mean(), "acc5": 1, "mean_per_class_recall": recall})
 
-def test_retrieval_equals_a_loop_with_one_to_seven_captions_per_image():
-    owner = torch.tensor([i for i in range(30) for _ in range(1 + i % 7)])
+def test_retrieval_finds_an_image_if_fewer_than_k_are_nearer_and_a_caption_if_any_of_its_own_is_found():
+    owner = torch.arange(30).repeat_interleave(torch.arange(30) % 7 + 1)
     images = F.normalize(torch.randn(30, 8, generator=seeded()), dim=-1)
     texts = F.normalize(images[owner] + torch.randn(len(owner), 8, generator=seeded(1)), dim=-1)
-    scores, expected = images @ texts.T, {}
-    for k in (1, 5, 10):
-        found = [owner[t] in scores[:, t].argsort(descending=True)[:k] for t in range(len(owner))]
-        expected[f"image_retrieval_recall@{k}"] = sum(found) / len(owner)
-        found = [i in owner[scores[i].argsort(descending=True)[:k]] for i in range(30)]
-        expected[f"text_retrieval_recall@{k}"] = sum(found) / 30
+    scores, own = images @ texts.T, owner == torch.arange(30)[:, None]  # (30, captions)
+    nearer = {"image": (scores > scores[owner, range(len(owner))]).sum(0),
+              "text": (scores > scores.where(own, -1).amax(1, keepdim=True)).sum(1)}
+    expected = {f"{name}_retrieval_recall@{k}": np.mean(number.numpy() < k)
+                for name, number in nearer.items() for k in (1, 5, 10)}
     assert evaluate.retrieval_metrics(images, texts, owner) == pytest.approx(expected)
 
-def embed_as_rank(rank, folder, broken, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}.rendezvous", rank=rank, world_size=2)
-    loaded = evaluate.load(path)
-    torch.save(evaluate.evaluate(*loaded, folder, rank, 2, workers=1), f"{path}.{rank}")
-    with pytest.raises(ValueError, match="001.jpg does not decode"):    # a picture of rank 1: both hear of it
-        evaluate.evaluate(*loaded, broken, rank, 2, workers=1)
-
-def test_two_ranks_give_the_metrics_of_one_and_fail_together(tmp_path, small_clip):
-    samples = [{"jpg": noise_image(i), "txt": f"{i} a\n{i} b".encode()[:3 + i]} for i in range(7)]
-    path = save_small(tmp_path / "ckpt.pt", small_clip)
-    folder = make_folder(tmp_path / "f", samples, kind="retrieval")
-    broken = make_folder(tmp_path / "g", [samples[0], samples[1] | {"jpg": b"no picture"}], kind="retrieval")
-    torch.multiprocessing.spawn(embed_as_rank, (folder, broken, path), nprocs=2)
+def test_two_ranks_give_the_metrics_of_one_and_fail_together(two_ranks):
+    expected = evaluate.evaluate(*SMALL_CLIP, f"{two_ranks}/retrieval")
     for rank in (0, 1):
-        assert torch.load(f"{path}.{rank}") == pytest.approx(evaluate.evaluate(*small_clip, folder))
+        assert torch.load(two_ranks / f"rank_{rank}.pt")[1] == pytest.approx(expected)
 
 def test_logistic_regression_ends_where_the_gradient_is_zero():
     x, y = torch.randn(60, 4, generator=seeded()).double(), torch.arange(60) % 3
@@ -1268,14 +1156,14 @@ def test_a_linear_probe_learns_what_is_linear():
     assert evaluate.linear_probe(features[:200], labels[:200], features[200:], labels[200:], 3)[0] > 0.9
 
 @torch.no_grad()
-def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path, small_clip):
-    model, tokenizer, config = small_clip
+def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path):
+    model, tokenizer, config = SMALL_CLIP
     (tmp_path / "a.jpg").write_bytes(noise_image())
     image = model.encode_image(evaluate.preprocess(Image.open(tmp_path / "a.jpg"), 16)[None])
     near, far = sorted(["a red cat", "two blue dogs in a field"], key=lambda text: -F.cosine_similarity(
         model.encode_text(tokenizer.encode([text])), image))
-    right = dict(filename="a.jpg", caption=near, negative_caption=far)
-    wrong = dict(filename="a.jpg", caption=far, negative_caption=near)
+    right, wrong = (dict(filename="a.jpg", caption=caption, negative_caption=other)
+                    for caption, other in ((near, far), (far, near)))
     for name in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
         questions = {"0": right, "3": right if name == "replace_obj" else wrong}
         (tmp_path / f"{name}.json").write_text("\ufeff" + json.dumps(questions), encoding="utf-8")
@@ -1283,9 +1171,9 @@ def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path,
     assert results["sugar_crepe/replace_obj"]["acc"] == 1 and results["sugar_crepe/add"]["acc"] == 0.5
     assert results["sugar_crepe/replace"]["acc"] == pytest.approx((1 + 0.5 + 0.5) / 3)
 
-def test_features_that_are_not_finite_are_an_error_not_a_score(small_clip):
+def test_features_that_are_not_finite_are_an_error_not_a_score():
     with pytest.raises(ValueError, match="not finite"):
-        evaluate.gather(small_clip[0], [torch.full((3, 128), math.nan)], 3, 0, 1)
+        evaluate.gather(SMALL_CLIP[0], [torch.full((3, 16), math.nan)], 3, 0, 1)
 
 def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1294,7 +1182,7 @@ def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(t
         lines += [dict(step=50 * e, epoch=e, loss=1, eval={"pets": {"acc1": slope * e / 4}}) for e in (1, 2)]
         os.mkdir(run)
         (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbroken\n\0")
-    run_main(evaluate, "--curves", "a/log.jsonl", "b/log.jsonl")
+    command("--curves", "a/log.jsonl", "b/log.jsonl", module=evaluate)
     printed = capsys.readouterr().out
     assert "| a |     50.00 |" in printed and "a/log.jsonl: 2 damaged lines dropped" in printed
     pixels = np.asarray(Image.open("curves.png")).astype(int)
@@ -1302,22 +1190,17 @@ def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(t
         assert (np.ptp(pixels[41:290, left:left + 349], axis=-1) > 120).any(0).mean() > 0.9
     (tmp_path / "a" / "log.jsonl").write_text("\0\0")
     with pytest.raises(SystemExit, match="^error: a/log.jsonl: no training step in it"):
-        run_main(evaluate, "--curves", "a/log.jsonl")
+        command("--curves", "a/log.jsonl", module=evaluate)
 
-def save_small(path, small_clip):
-    model, tokenizer, config = small_clip
-    torch.save({"model": model.state_dict(), "config": vars(config), "merges": tokenizer.merges}, path)
-    return str(path)
-
-def write_safetensors(path, tensors):
+def safetensors(tensors):
     """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, x in tensors.items():
         place = [len(body), len(body) + x.nbytes]
-        header[name] = dict(dtype=f"F{8 * x.element_size()}", shape=list(x.shape), data_offsets=place)
+        header[name] = dict(dtype=f"F{8 * x.element_size()}", shape=x.shape, data_offsets=place)
         body += x.numpy().tobytes()
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return len(text).to_bytes(8, "little") + text + body
 
 @pytest.mark.parametrize("name", ["a.safetensors", "open_clip.pt", "openai.pt"])
 def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(tmp_path, capsys, name):
@@ -1326,15 +1209,14 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
     half = {key: x.half() if x.ndim > 1 else x for key, x in state.items()}
     wrapped = {f"module._orig_mod.{key}": x for key, x in state.items()}
     openai = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(0))
-    write_safetensors(tmp_path / "a.safetensors", half)
+    (tmp_path / "a.safetensors").write_bytes(safetensors(half))
     torch.save({"state_dict": wrapped, "epoch": np.float64(3), "n": np.int64(7)}, tmp_path / "open_clip.pt")
     torch.save(state | openai, tmp_path / "openai.pt")
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
         evaluate.load(str(tmp_path / name))
     assert ("OpenAI trained need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
-    symbols = [chr(256 + i) for i in range(320)]                        # more pairs than CLIP's 48,894
-    vocab = "\n".join(["#version", *(f"{a} {b}" for a in symbols for b in symbols)])
-    (tmp_path / "vocab.gz").write_bytes(gzip.compress(vocab.encode()))
+    merges = [f"{chr(256 + i // 250)} {chr(256 + i % 250)}" for i in range(50_000)]     # CLIP takes 48,894
+    (tmp_path / "vocab.gz").write_bytes(gzip.compress("\n".join(["#version", *merges]).encode()))
     model, _, found = evaluate.load(str(tmp_path / name), str(tmp_path / "vocab.gz"))
     config.quick_gelu = name == "openai.pt"
     assert found == config and all(x.allclose(state[key], 0, 1e-3) for key, x in model.state_dict().items())
@@ -1358,10 +1240,12 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, 
         evaluate.load(name)
     assert not (tmp_path / "pwned").exists()
 
-def test_the_command_makes_a_table_with_an_average_json_and_pictures(tmp_path, small_clip, capsys):
+def test_the_command_makes_a_table_with_an_average_json_and_pictures(tmp_path, capsys):
+    model, _, config = SMALL_CLIP
+    torch.save(dict(model=model.state_dict(), config=vars(config), merges=""), tmp_path / "ckpt.pt")
     folders = [make_folder(tmp_path / f"{count}", labelled(count)) for count in (3, 4)]
-    path = save_small(tmp_path / "ckpt.pt", small_clip)
-    run_main(evaluate, path, "--data", *folders, "--json", tmp_path / "x.json", "--pictures", tmp_path)
+    more = ("--json", tmp_path / "x.json", "--pictures", tmp_path)
+    command(tmp_path / "ckpt.pt", "--data", *folders, *more, module=evaluate)
     results, printed = json.load(open(tmp_path / "x.json")), capsys.readouterr().out.splitlines()
     assert list(results) == folders and list(results[folders[0]]) == ["acc1", "acc5", "mean_per_class_recall"]
     average = 100 * (results[folders[0]]["acc1"] + results[folders[1]]["acc1"]) / 2
