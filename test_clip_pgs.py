@@ -500,6 +500,11 @@ def one_step(config):
 FULL = dict(mask="attentive", views=2, contrast=("simclr", "byol"))     # A-CLIP
 RANGE = dict(mask="pgs", ratio=(0.25, 0.75))
 
+def test_the_noise_of_masks_follows_from_seed_and_step():
+    one, *others = (clip_pgs.step_noise(tiny(seed=seed), step, 4, "cpu")
+                    for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)))
+    assert [one.equal(other) for other in others] == [True, False, False]
+
 @pytest.mark.parametrize("changes", [dict(mask="pgs"), RANGE, FULL], ids=["fixed", "range", "A-CLIP"])
 def test_many_small_passes_make_the_gradients_of_one_large_batch(changes):
     whole, parts = (one_step(tiny(accum=accum, **changes)) for accum in (1, 4))
