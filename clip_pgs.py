@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from types import SimpleNamespace
@@ -38,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -46,9 +44,8 @@ import data
 import evaluate
 
 # -----------------------------------------------------------------------------
-# Config. The one place for every knob: a field is a default, an option of the command line, and what the
-# checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of
-# CLIP-PGS published; its recipe for CC12M is the default. "Ours" means that we chose the value.
+# Config. The one place for every knob: a field is a default, an option, and what the checkpoint stores. In
+# brackets: where a default comes from. Release: CLIP-PGS's code, its recipe for CC12M. Ours: we chose it.
 
 def knob(default, meaning, least=0):
     """A Config field with its help text and, if it is a number, its least value."""
@@ -102,7 +99,6 @@ class Config:
     grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
     compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
     show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
-
 
 # Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide. B and L
 # are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
@@ -166,8 +162,7 @@ def check_mask(name, ratio):
     if name not in MASKS:
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
-        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and "
-                         "below 1, or a range of two, low then high")
+        raise ValueError(f"--ratio {ratio}: must be a share, at least 0 and below 1, or two, low then high")
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a bad P."""
@@ -664,10 +659,9 @@ def teach(config, ema, images, boxes):
         seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
                 for part in parts_of(config, images.shape[1])]
     attention, taught = map(torch.cat, zip(*seen))
-    if len(images) == 1:
-        return attention[None], taught.float()
-    side = config.image_size // config.patch_size
-    return torch.stack([cut_attention(attention, box, side) for box in boxes]), taught.float()
+    side, cuts = config.image_size // config.patch_size, boxes if len(images) > 1 else ()
+    views = [cut_attention(attention, box, side) for box in cuts] or [attention]
+    return torch.stack(views), taught.float()
 
 @torch.no_grad()
 def batch_masks(config, visual, attention, images, noise, alpha):
@@ -704,22 +698,18 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
                                 taught if taught is None else gather(taught)[known])
         return loss
 
-    if config.accum == 1:
-        loss = loss_of(*features(slice(None)))
-        loss.backward()
-        return loss.detach()
     parts = parts_of(config, images.shape[1])
-    with torch.no_grad():
+    with torch.set_grad_enabled(config.accum == 1):
         image, text, scale, token = zip(*(features(part) for part in parts))
     cached = torch.cat(image, dim=1), torch.cat(text), scale[0], torch.cat(token, dim=1)
     loss = loss_of(*(x.requires_grad_() for x in cached))
     loss.backward()
-    image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
-    for part in parts:
-        last = part is parts[-1]
-        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough.
-        # The gradient of the temperature belongs to all parts: it, too, goes in once.
-        with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
+    if config.accum > 1:
+        image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
+        for part in parts:
+            # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is
+            # enough. The gradient of the temperature belongs to all parts: it, too, goes in once.
+            last = model.require_backward_grad_sync = part is parts[-1]
             grads = image[:, part], text[part], scale * last, token[:, part]
             torch.autograd.backward(features(part), grads)
     return loss.detach()
@@ -750,7 +740,7 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
         update_ema(heads.teacher, heads.projector, alpha)
     share = 1.0 if keep is None else keep.shape[-1] / (config.image_size // config.patch_size) ** 2
     kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
-    return numbers | {"logit_scale": clip.logit_scale.exp(), "kept": kept}, keep, valid
+    return numbers | {"logit_scale": clip.logit_scale.detach().exp(), "kept": kept}, keep, valid
 
 # -----------------------------------------------------------------------------
 # The run, which `prepare` returns: everything around the steps. Order, crops and masks depend only on seed
@@ -812,41 +802,37 @@ def build(config, state, device):
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
-    return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
+    return clip, nn.parallel.DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
 
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. Checks what can be checked before work starts."""
     for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
         evaluate.read_folder(folder)
-    lock = claim(config) if ranks()[0] == 0 else None
-    shards, index = load_data(config)
-    global_batch = config.batch_size * config.accum * ranks()[1]
-    if global_batch > len(index):
-        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only "
-                         f"{len(index)} samples")
-    for name, now, what in (
-            ("global_batch", global_batch, "images per step (ranks x --batch-size x --accum)"),
-            ("num_samples", len(index), "samples")):
+    run = SimpleNamespace(config=config, device=device, step=state.get("step", 0), record=state.get("record"))
+    run.lock = claim(config) if ranks()[0] == 0 else None
+    shards, index = run.shards, run.index = load_data(config)
+    run.global_batch = config.batch_size * config.accum * ranks()[1]
+    if run.global_batch > len(index):
+        raise ValueError(f"--batch-size: {run.global_batch} images per step, but only {len(index)} samples")
+    for name, now, what in (("global_batch", run.global_batch, "images per step (--batch-size, --accum)"),
+                            ("num_samples", len(index), "samples")):
         if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}; the "
-                             "number must be the same")
+            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}")
     if config.vocab and not state:
-        tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
+        run.tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
         merges = state["merges"] if state else data.learn_merges(
             data.sample_captions(shards, index), config.vocab_size - 514, progress=ranks()[0] == 0)
-        tokenizer = data.Tokenizer(merges, config.context_length)
-    config.vocab_size = tokenizer.vocab_size
-    chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
-    clip, model, optimizer, ema, heads = build(config, state, device)
-    steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
-    total_steps = config.steps or config.epochs * steps_per_epoch
-    unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
-    return SimpleNamespace(
-        config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer,
-        chances=chances, clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads,
-        step=state.get("step", 0), record=state.get("record"), global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
+        run.tokenizer = data.Tokenizer(merges, config.context_length)
+    config.vocab_size = run.tokenizer.vocab_size
+    run.chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
+    run.clip, run.model, run.optimizer, run.ema, run.heads = build(config, state, device)
+    run.steps_per_epoch = len(index) // run.global_batch  # the last, incomplete batch of an epoch is dropped
+    run.total_steps = config.steps or config.epochs * run.steps_per_epoch
+    run.num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
+    unmasked_steps = min(round(config.unmasked_epochs * run.steps_per_epoch), run.total_steps // 2)
+    run.masked_steps = run.total_steps - unmasked_steps
+    return run
 
 def save(run, name):
     """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then whole."""
@@ -879,15 +865,13 @@ def epoch_loader(run, epoch, steps):
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
 def train_epoch(run, epoch, log, requests):
-    """Trains to the end of the epoch, or until a rank has a signal in `requests`: (losses, stopped).
-    Each step adds its record, a line of json, to `log`. ValueError if too many samples do not decode."""
-    config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
-    steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
-    bar = tqdm(epoch_loader(run, epoch, steps),
-               f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}", steps.stop,
-               initial=first, disable=rank > 0, leave=False,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
-    losses, stopped, num_lost, causes, tick = [], False, 0, Counter(), time.perf_counter()
+    """The losses of the steps to the end of the epoch, each of which adds its record to `log`, a line of json.
+    ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on any rank."""
+    config, (rank, world_size), begin = run.config, ranks(), epoch * run.steps_per_epoch
+    steps = range(run.step - begin, min(run.steps_per_epoch, run.total_steps - begin))
+    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{run.num_epochs}", steps.stop,
+               initial=steps.start, disable=rank > 0, leave=False, unit=" steps")
+    losses, num_lost, causes, tick = [], 0, Counter(), time.perf_counter()
     for images, boxes, tokens, decoded, bad, fault in bar:
         if fault:
             raise OSError(fault)
@@ -901,22 +885,20 @@ def train_epoch(run, epoch, log, requests):
         if not losses and rank == 0 and (masked or config.mask == "none"):
             evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
-        values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(run.device, non_blocking=True)
-                              for x in (*numbers.values(), len(bad), bool(requests))])
+        values = [*map(float, numbers.values()), len(bad), bool(requests)]  # waits for the GPU
+        values = torch.tensor(values, dtype=torch.float64, device=run.device)
         if dist.is_initialized():
             dist.all_reduce(values)
-        *means, lost, requested = (values / world_size).tolist()  # over the ranks; waits for the GPU
+        *sums, lost, requested = values.tolist()  # requested: a signal of one rank stops all after this step
         images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
         run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
-                          **dict(zip(numbers, means)))
+                          **{name: x / world_size for name, x in zip(numbers, sums)})
         losses.append(run.record["loss"])
         if not math.isfinite(losses[-1]):
             raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
-        stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
-        due = stopped or run.step % config.save_every == 0 or len(losses) == len(steps)
+        due = requested or run.step % config.save_every == 0 or len(losses) == len(steps)
         causes.update(bad)
-        lost, num_read = round(lost * world_size), len(losses) * run.global_batch
-        num_lost += lost
+        num_lost, num_read = num_lost + int(lost), len(losses) * run.global_batch
         report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
                             *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
         if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
@@ -925,12 +907,13 @@ def train_epoch(run, epoch, log, requests):
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
         if due:
             save(run, "ckpt.pt")
-        if stopped:
-            break
-    bar.close()
+        if requested:
+            bar.close()
+            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+            sys.exit(line if rank == 0 else 1)
     if num_lost and rank == 0:
         print(report)
-    return losses, stopped
+    return losses
 
 def train(config, state, device):
     """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
@@ -947,30 +930,23 @@ def train(config, state, device):
         f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.total_steps} steps, "
         f"{run.steps_per_epoch} per epoch: {run.masked_steps} with mask {config.mask}, {removed} of {L} "
         f"patches removed, {run.total_steps - run.masked_steps} on whole images", flush=True)
-    stopped, begin, began = False, time.perf_counter(), run.step
-    while True:
-        if run.step and (run.step == run.total_steps or run.step % run.steps_per_epoch == 0):
-            # After --resume, too: the run may have been killed between this checkpoint and its evaluation.
-            epoch = run.record["epoch"]
-            if config.keep_epochs:
-                save(run, f"epoch_{epoch}.pt")
-            results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
-            if results:
-                log.write(json.dumps(run.record | dict(eval=results)) + "\n")
-            if rank == 0 and (results or run.step > began):
-                evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
-            if run.step > began:
-                minutes = (time.perf_counter() - begin) / 60
-                to_go = minutes * (run.total_steps - run.step) / (run.step - began)
-                metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
-                say(f"epoch {epoch}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
-                    f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
-        if run.step >= run.total_steps:
-            break
-        if stopped:
-            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
-            sys.exit(line if rank == 0 else 1)
-        losses, stopped = train_epoch(run, run.step // run.steps_per_epoch, log, requests)
+    start, first = time.perf_counter(), run.step
+    # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
+    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
+        losses = train_epoch(run, epoch, log, requests)
+        if config.keep_epochs:
+            save(run, f"epoch_{epoch + 1}.pt")
+        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
+        if results:
+            log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+        if rank == 0 and (results or losses):
+            evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
+        if losses:
+            minutes = (time.perf_counter() - start) / 60
+            to_go = minutes * (run.total_steps - run.step) / (run.step - first)
+            metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
+            say(f"epoch {epoch + 1}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
+                f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
@@ -1009,17 +985,15 @@ def parse(arguments):
     """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the
     defaults. With --resume, the options of its run do; with --init, the size of its model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog="Without --data, the demo has other defaults: " +
-                                     ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+                                     epilog=f"Without --data, the demo has other defaults: {DEMO}")
     for f in fields(Config):
         how = dict(metavar="X", type=type(f.default), nargs="?" if f.name == "resume" else None)
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             how = dict(metavar="X", type=float if f.default else str, nargs="+")
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=f"{f.metadata['help']} (default: {'none' if shown == '' else shown})")
+                            help=f"{f.metadata['help']} (default: {f.default!r})")
     options, state = parser.parse_args(arguments), {}
     if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
@@ -1031,7 +1005,7 @@ def parse(arguments):
         if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
         then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
+        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or "."))
     elif options.init:  # the weights and the tokenizer, not the state of a run
         clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
         state = dict(model=clip.state_dict(), merges=tokenizer.merges)
@@ -1042,20 +1016,17 @@ def parse(arguments):
 
 def main():
     """Entry point, one process per rank under torchrun. What went wrong: a message, a code, or None."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    fault, patience = None, 0
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config, state = parse(sys.argv[1:])
         check(config)
         if config.show_masks:
             return show_masks(config, state)
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS is above 1, so every task would train alone: start torchrun in "
-                             "one task per machine")
+            raise ValueError("SLURM_NTASKS: all tasks would train alone; start torchrun, one task a machine")
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 config.precision = "fp32"  # an old card; the first line of the run says so
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
@@ -1065,25 +1036,20 @@ def main():
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
-        fault = stop.code
+        return stop.code
     except (Exception, KeyboardInterrupt) as error:
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
-        fault, patience = (f"error: {line}", min(rank, 1)) if line else (traceback.format_exc(), 5)
-    if world_size > 1 and fault:
-        # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost
-        # the connection to it. Of ranks that failed alike, rank 0 is enough: the others wait for their end.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(patience)
-    return fault
+        if world_size > 1:
+            # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that
+            # lost the connection to it. Of ranks that failed alike, rank 0 speaks and the others wait.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(min(rank, 1) if line else 5)
+        return f"error: {line}" if line else traceback.format_exc()
 
-def leave(fault):
-    """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore
-    SIGTERM; it can hang in NCCL, and gloo's threads can abort the process."""
+if __name__ == "__main__":
+    fault = main()
     if isinstance(fault, str):
         print(fault, file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
+    # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or gloo.
     os._exit(1 if fault else 0)
-
-if __name__ == "__main__":
-    leave(main())
