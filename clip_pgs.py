@@ -182,8 +182,7 @@ def sobel_edges(images, patch_size=16):
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # The gradient ignores constants, so we subtract the first pixel. A flat image then gives exactly zero,
-    # not rounding noise, which the min-max scaling would blow up.
+    # Less the first pixel: a flat image gives exactly zero, not rounding noise that scaling would blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
@@ -192,9 +191,8 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 def pgs_candidates(edges, noise):
-    """(B, C) indices of the few patches proposed for removal, those with the highest `noise - edges`.
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and
-    not the same ones every time. CLIP-PGS, generation."""
+    """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS, generation).
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches often, outlines rarely."""
     return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
@@ -218,16 +216,14 @@ def balance(similarity, eps=EPS, iterations=20):
     """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
     T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
-    1. Repeating u <- 1 / (K u) alternates between two vectors; their geometric mean is the answer.
-    2. So each step takes the geometric mean of u and 1 / (K u). K of cosines is positive semi-definite:
-       near the answer, each step at least halves the error."""
-    with torch.autocast(similarity.device.type, enabled=False):
-        similarity = similarity.float()
-        kernel = ((similarity - 1) / eps).exp()           # (B, L, L) between exp(-2 / eps) and 1: never 0
-        u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
-        for _ in range(iterations):
-            u = (u / (kernel @ u)).sqrt()
-        return similarity + eps * (u.log() + u.log().transpose(-1, -2))
+    Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
+    and 1 / (K u). As K of cosines is positive semi-definite, that halves the error or better near the end."""
+    similarity = similarity.float()
+    kernel = ((similarity - 1) / eps).exp()               # (B, L, L) between exp(-2 / eps) and 1: never 0
+    u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
+    for _ in range(iterations):
+        u = (u / (kernel @ u)).sqrt()
+    return similarity + eps * (u.log() + u.log().transpose(-1, -2))
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
     """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L); float32.
@@ -250,10 +246,9 @@ def block_mean(x, rows, columns):
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 def remove(score, ratio, noise, counted=None, share=None):
-    """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
-    The number removed is the number of scores, or of those `counted` (B, L), above 0.5, clamped to the range
-    `ratio`; with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those
-    with the highest noise (B, L) go first."""
+    """Removes the patches with the highest score (B, L): keep (B, K) sorted, valid (B, K) bool or None.
+    The number is that of scores, or of `counted` (B, L), above 0.5, clamped to the range `ratio`; with share
+    (B,) in [0, 1), it lies that far in the range. Of equal scores, the highest noise (B, L) goes first."""
     L = score.shape[1]
     low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
     count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
@@ -273,11 +268,10 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder sees: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image; then K is the most that any image may keep, and valid slots
-    come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and
-    pgs compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`.
-    attentive needs attention (B, L), see `class_attention`. An image's mask does not depend on the other
-    images of its batch. ValueError for an unknown name or ratio."""
+    (low, high), chosen per image; then K is the most that any image may keep, and valid slots come first.
+    noise: (B, L + 1) uniform in [0, 1), else drawn from generator. cluster and pgs compare pixels and, by the
+    share alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask does not
+    depend on the other images of the batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
     L = grid[0] * grid[1]
@@ -297,8 +291,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
             if attention is None:
                 raise ValueError("--mask attentive: needs the attention of an EMA encoder")
-            # Patches of a block share score and noise, so they go one after the other. A score is above 0.5
-            # where a block gets less than its even share of the class token's attention.
+            # Patches of a block go together. A score above 0.5: less than an even share of the attention.
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
@@ -308,8 +301,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             chosen = pgs_candidates(strength, noise)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         score = counted = pgs_score(similarity, chosen, transport)
-        # With a range, pixels alone decide how many patches go. Trained embeddings are so alike that nearly
-        # every image would go to the end of the range.
+        # Pixels alone say how many go: trained embeddings are so alike that it would nearly always be `high`.
         if len(ratio) == 2 and embeddings is not None and alpha > 0:
             counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
         return remove(score, ratio, noise, counted)
@@ -339,7 +331,6 @@ class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
     def __init__(self, width):
         super().__init__()
-        self.num_heads = width // HEAD_WIDTH
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -349,8 +340,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if x.ndim == 2:
             qkv = slots.unpack(qkv)
-        B, K, _ = qkv.shape
-        q, k, v = qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)  # (B, heads, K, 64)
+        q, k, v = qkv.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)           # (B, heads, K, 64)
         if rows is not None:
             row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)
             rows.append(row[:, :, 0, 1:].mean(1))                                        # (B, K - 1)
@@ -374,10 +364,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
-            gelu=QuickGELU() if quick_gelu else nn.GELU(),
-            c_proj=nn.Linear(4 * width, width)))
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        layers = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
         """(B, K, D), or (N, D) with its slots -> same shape; with first_only, the first token, (B, 1, D).
@@ -436,11 +425,10 @@ class VisionTransformer(nn.Module):
 
     def patch_tokens(self, images, keep=None):
         """Projections of the patches `keep` (B, K), or of all, plus positional embeddings: (B, K, D)."""
-        patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
+        patches = patchify(images, self.patch_size)
+        position = resize_positions(self.positional_embedding[1:], patches.shape[1])  # for --ema-size
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
-        else:  # with --ema-size, the images may be of another size than the model's
-            position = resize_positions(position, patches.shape[1])
         return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):
@@ -480,15 +468,13 @@ class CLIP(nn.Module):
         return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id.
-        What follows <end> is not computed, which is exact, because causal attention never looks ahead. Pass
-        tokens on the CPU: their lengths are then known without waiting for a GPU."""
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. What comes
+        after it is not computed: causal attention never looks ahead. For tokens on the CPU, no GPU waits."""
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
-        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
+        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T), not needed on the GPU
         places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1  # last: each <end> in N
-        tokens, valid, places, last = (x.to(device, non_blocking=True)
-                                       for x in (tokens[:, :T], valid, places, last))
+        tokens, places, last = (x.to(device, non_blocking=True) for x in (tokens[:, :T], places, last))
         x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
         return self.ln_final(x[last]) @ self.text_projection
@@ -544,23 +530,20 @@ def gather(x):
     return torch.cat(parts)
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
-    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, which it
-    normalises: the same number on every rank. logit_scale multiplies the cosines. Pairs that are not decoded
-    (B,) bool are left out, as rows and as columns."""
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, the same
+    on each. logit_scale multiplies their cosines; pairs that are not decoded (B,) bool are left out."""
     images, texts = (gather(F.normalize(x, dim=-1)) for x in (image_features, text_features))
     known = torch.ones_like(images[:, 0], dtype=torch.bool) if decoded is None else gather(decoded)
     labels = torch.arange(len(known), device=known.device).where(known, -100)  # cross_entropy skips -100
-    loss = 0
-    for rows, columns in ((images, texts), (texts, images)):                   # (world_size * B, E) each
-        logits = (logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
+    both = ((logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
+            for rows, columns in ((images, texts), (texts, images)))           # (world_size * B, E) each
+    loss = sum(F.cross_entropy(logits, labels, reduction="sum") for logits in both) / 2
     return loss / known.sum().clamp(min=1)
 
 # -----------------------------------------------------------------------------
 # Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
-# the CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the
-# class tokens of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses
-# depend neither on the number of ranks nor on --accum.
+# the CLIP loss is the mean over both views. --contrast compares the views: heads see the class tokens of all
+# ranks and passes, everywhere alike and outside DDP, so that batch norm is that of the whole global batch.
 
 def nt_xent(a, b, temperature=0.1):
     """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not normalised.
@@ -591,19 +574,20 @@ class Heads(nn.Module):
             self.projector, self.predictor = head(D, wide, 256), head(256, wide, 256)
             self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
-    def forward(self, tokens, taught):
-        """The losses of class tokens (2, N, D) and the teacher's (N, D), weighted as in A-CLIP's release."""
-        loss = 0
+    def forward(self, tokens, taught, decoded):
+        """The losses of class tokens (2, B, D) and the teacher's (B, D), of all ranks, without the pairs that
+        are not decoded (B,) bool; weighted as in A-CLIP's release."""
+        known, loss = gather(decoded), 0
+        tokens = [gather(token)[known] for token in tokens]                           # (N, D) of each view
         if hasattr(self, "simclr"):
             loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
         if hasattr(self, "projector"):  # 2.0 times the mean of both views
-            target = self.teacher(taught)
+            target = self.teacher(gather(taught)[known])
             loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
         return loss
 
 def cut_attention(attention, boxes, side):
-    """Attention (B, L) to a square image -> (B, side * side): to the patches of the part boxes (B, 4) of it,
-    given as left, top, right, bottom in [0, 1]."""
+    """Attention (B, L) to an image -> (B, side ** 2), to boxes (B, 4): left, top, right, bottom in [0, 1]."""
     centers = (torch.arange(side, device=attention.device) + 0.5) / side              # of the part's patches
     x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
     where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
@@ -632,9 +616,8 @@ def learning_rate(step, total_steps, peak, warmup):
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
 def step_noise(config, step, global_batch, device):
-    """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
-    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum.
-    The seed is a hash of the run's seed and the step."""
+    """This rank's part of the mask noise: (V, B, L + 1), uniform in [0, 1), from the run's seed and the step.
+    Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor on --accum."""
     (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
@@ -652,9 +635,8 @@ def parts_of(config, batch):
 
 @torch.no_grad()
 def teach(config, ema, images, boxes):
-    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D).
-    images (V + 1, B, 3, H, W) uint8: the last one lies around both views, which are the parts boxes (V, B, 4)
-    of it. A single view (1, B, 3, H, W) is seen itself."""
+    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D). It
+    sees the last of images: (V + 1, B, 3, H, W) uint8, the views are boxes (V, B, 4) of it; or one view."""
     with autocast(config, images.device):
         seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
                 for part in parts_of(config, images.shape[1])]
@@ -668,13 +650,12 @@ def batch_masks(config, visual, attention, images, noise, alpha):
     """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, L + 1)."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
-        for view, part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
-            pixels = data.normalize(images[view, part])  # again for the towers: floats are too large to keep
+        for part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
+            pixels = data.normalize(images[part])  # again for the towers: floats are too large to keep
             masks.append(make_mask(
-                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part],
-                alpha=alpha, embeddings=visual.patch_tokens(pixels) if mixed else None,
-                attention=None if attention is None else attention[view, part], edges=config.edges,
-                transport=config.transport))
+                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[part],
+                embeddings=visual.patch_tokens(pixels) if mixed else None, alpha=alpha, edges=config.edges,
+                attention=None if attention is None else attention[part], transport=config.transport))
     return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in zip(*masks)]
 
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
@@ -684,25 +665,19 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
     all parts without gradient, the loss and its gradient at them, each part again, backward from there."""
     def features(part):
         with autocast(config, images.device):
-            masks = (x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid))
-            pixels = data.normalize(images[:, part].flatten(0, 1))
-            image, text, scale, token = model(pixels, tokens[part], *masks)
+            pixels, *masks = (x if x is None else x[:, part].flatten(0, 1) for x in (images, keep, valid))
+            image, text, scale, token = model(data.normalize(pixels), tokens[part], *masks)
         image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))
         return image, text.float(), scale, token         # (V, b, E), (b, E), (), (V, b, D)
-
-    def loss_of(image, text, scale, token):
-        loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
-        if heads:
-            known = gather(decoded)
-            loss = loss + heads([gather(view)[known] for view in token],
-                                taught if taught is None else gather(taught)[known])
-        return loss
 
     parts = parts_of(config, images.shape[1])
     with torch.set_grad_enabled(config.accum == 1):
         image, text, scale, token = zip(*(features(part) for part in parts))
     cached = torch.cat(image, dim=1), torch.cat(text), scale[0], torch.cat(token, dim=1)
-    loss = loss_of(*(x.requires_grad_() for x in cached))
+    image, text, scale, token = (x.requires_grad_() for x in cached)
+    loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
+    if heads:
+        loss = loss + heads(token, taught, decoded)
     loss.backward()
     if config.accum > 1:
         image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
@@ -814,10 +789,10 @@ def prepare(config, state, device):
     run.global_batch = config.batch_size * config.accum * ranks()[1]
     if run.global_batch > len(index):
         raise ValueError(f"--batch-size: {run.global_batch} images per step, but only {len(index)} samples")
-    for name, now, what in (("global_batch", run.global_batch, "images per step (--batch-size, --accum)"),
+    for name, now, what in (("global_batch", run.global_batch, "images per step (ranks x batch x accum)"),
                             ("num_samples", len(index), "samples")):
         if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}")
+            raise ValueError(f"--resume needs as many: had {state[name]} {what}, now there are {now}")
     if config.vocab and not state:
         run.tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
@@ -827,11 +802,10 @@ def prepare(config, state, device):
     config.vocab_size = run.tokenizer.vocab_size
     run.chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
     run.clip, run.model, run.optimizer, run.ema, run.heads = build(config, state, device)
-    run.steps_per_epoch = len(index) // run.global_batch  # the last, incomplete batch of an epoch is dropped
-    run.total_steps = config.steps or config.epochs * run.steps_per_epoch
-    run.num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
-    unmasked_steps = min(round(config.unmasked_epochs * run.steps_per_epoch), run.total_steps // 2)
-    run.masked_steps = run.total_steps - unmasked_steps
+    per_epoch = run.steps_per_epoch = len(index) // run.global_batch  # the last, incomplete batch is dropped
+    run.total_steps = config.steps or config.epochs * per_epoch
+    run.num_epochs = math.ceil(run.total_steps / per_epoch)
+    run.masked_steps = run.total_steps - min(round(config.unmasked_epochs * per_epoch), run.total_steps // 2)
     return run
 
 def save(run, name):
@@ -865,7 +839,7 @@ def epoch_loader(run, epoch, steps):
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
 def train_epoch(run, epoch, log, requests):
-    """The losses of the steps to the end of the epoch, each of which adds its record to `log`, a line of json.
+    """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of json.
     ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on any rank."""
     config, (rank, world_size), begin = run.config, ranks(), epoch * run.steps_per_epoch
     steps = range(run.step - begin, min(run.steps_per_epoch, run.total_steps - begin))
@@ -908,7 +882,6 @@ def train_epoch(run, epoch, log, requests):
         if due:
             save(run, "ckpt.pt")
         if requested:
-            bar.close()
             line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
             sys.exit(line if rank == 0 else 1)
     if num_lost and rank == 0:
@@ -916,7 +889,7 @@ def train_epoch(run, epoch, log, requests):
     return losses
 
 def train(config, state, device):
-    """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
+    """Trains as `config` says, from `state` on. Returns whether a folder failed in the last evaluation."""
     run, (rank, world_size) = prepare(config, state, device), ranks()
     state.clear()  # free the checkpoint: its tensors have been copied
     results, requests, say = {}, [], print if rank == 0 else lambda *lines, **options: None
@@ -926,10 +899,9 @@ def train(config, state, device):
     L = (config.image_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in run.clip.parameters()) / 1e6
     removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
-    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} rank"
-        f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.total_steps} steps, "
-        f"{run.steps_per_epoch} per epoch: {run.masked_steps} with mask {config.mask}, {removed} of {L} "
-        f"patches removed, {run.total_steps - run.masked_steps} on whole images", flush=True)
+    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} x "
+        f"{run.global_batch // world_size} images | {run.total_steps} steps, {run.steps_per_epoch} per epoch "
+        f"and {run.masked_steps} with mask {config.mask}: {removed} of {L} patches removed", flush=True)
     start, first = time.perf_counter(), run.step
     # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
     for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
@@ -950,8 +922,7 @@ def train(config, state, device):
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
-    if any("failed" in metrics for metrics in results.values()):
-        sys.exit(1)
+    return any("failed" in metrics for metrics in results.values())
 
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
@@ -1034,7 +1005,7 @@ def main():
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        train(config, state, device)
+        return train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         return stop.code
     except (Exception, KeyboardInterrupt) as error:
