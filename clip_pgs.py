@@ -148,7 +148,6 @@ def check(config):
 #     remove              the patches most similar to a candidate go
 #
 # The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask.
-#
 # Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an
 # embedding, T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
@@ -179,10 +178,9 @@ def sobel_edges(images, patch_size=16):
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
-    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # Less the first pixel: a flat image gives exactly zero, not rounding noise that scaling would blow up.
+    # We subtract the first pixel: a flat image then gives exactly zero, not noise for the scaling to blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
@@ -217,7 +215,7 @@ def balance(similarity, eps=EPS, iterations=20):
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
     T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
     Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
-    and 1 / (K u). As K of cosines is positive semi-definite, that halves the error or better near the end."""
+    and 1 / (K u). K of cosines is positive semi-definite, so near the answer each step halves the error."""
     similarity = similarity.float()
     kernel = ((similarity - 1) / eps).exp()               # (B, L, L) between exp(-2 / eps) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
@@ -289,8 +287,6 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)      # 0.80 in the middle
             return remove(-noise - density.flatten(), ratio, noise, share=share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
-            if attention is None:
-                raise ValueError("--mask attentive: needs the attention of an EMA encoder")
             # Patches of a block go together. A score above 0.5: less than an even share of the attention.
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
@@ -308,10 +304,9 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
 
 # -----------------------------------------------------------------------------
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
-# open_clip, so that weights load strictly in both directions.
-#
-# Captions differ in length, as do images if `--ratio` is a range. Padding is not computed: all but attention
-# runs on the valid tokens, packed one after the other, (N, D). Attention needs the padded form, (B, K, D).
+# open_clip, so that weights load strictly in both directions. Captions differ in length, as do images if
+# `--ratio` is a range. Padding is not computed: all but attention runs on the valid tokens, packed one after
+# the other, (N, D). Attention needs the padded form, (B, K, D).
 
 class Slots(NamedTuple):
     """Which slots of a padded batch hold a token: how to get from one form to the other."""
@@ -468,8 +463,8 @@ class CLIP(nn.Module):
         return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. What comes
-        after it is not computed: causal attention never looks ahead. For tokens on the CPU, no GPU waits."""
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. What follows
+        is not computed: causal attention never looks ahead. Tokens on the CPU save waiting for the GPU."""
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T), not needed on the GPU
@@ -587,13 +582,12 @@ class Heads(nn.Module):
         return loss
 
 def cut_attention(attention, boxes, side):
-    """Attention (B, L) to an image -> (B, side ** 2), to boxes (B, 4): left, top, right, bottom in [0, 1]."""
+    """Attention (B, L), cut to boxes (B, 4) of left, top, right, bottom in [0, 1]: (B, side ** 2)."""
     centers = (torch.arange(side, device=attention.device) + 0.5) / side              # of the part's patches
     x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
-    where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
-    whole = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
-    where = 2 * where.to(whole) - 1                                                   # (B, side, side, 2)
-    return F.grid_sample(whole, where, padding_mode="border", align_corners=False).flatten(1)
+    where = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), dim=-1)    # (B, side, side, 2)
+    full = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
+    return F.grid_sample(full, 2 * where.to(full) - 1, padding_mode="border", align_corners=False).flatten(1)
 
 # -----------------------------------------------------------------------------
 # Optimizer and schedule.
