@@ -215,7 +215,7 @@ def balance(similarity, eps=EPS, iterations=20):
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
     T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
     Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
-    and 1 / (K u). K of cosines is positive semi-definite, so near the answer each step halves the error."""
+    and 1 / (K u): near the answer it at least halves the error, as K of cosines is positive semi-definite."""
     similarity = similarity.float()
     kernel = ((similarity - 1) / eps).exp()               # (B, L, L) between exp(-2 / eps) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
@@ -463,7 +463,7 @@ class CLIP(nn.Module):
         return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. What follows
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. The rest
         is not computed: causal attention never looks ahead. Tokens on the CPU save waiting for the GPU."""
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
