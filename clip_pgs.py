@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from types import SimpleNamespace
@@ -38,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -46,9 +44,8 @@ import data
 import evaluate
 
 # -----------------------------------------------------------------------------
-# Config. The one place for every knob: a field is a default, an option of the command line, and what the
-# checkpoint stores. Brackets say where a default comes from. "Release" is the code that the authors of
-# CLIP-PGS published; its recipe for CC12M is the default. "Ours" means that we chose the value.
+# Config. The one place for every knob: a field is a default, an option, and what the checkpoint stores. In
+# brackets: where a default comes from. Release: CLIP-PGS's code, its recipe for CC12M. Ours: we chose it.
 
 def knob(default, meaning, least=0):
     """A Config field with its help text and, if it is a number, its least value."""
@@ -103,7 +100,6 @@ class Config:
     compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
     show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
 
-
 # Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide. B and L
 # are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
 SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-L-16": "1024x24-768x12-768",
@@ -152,7 +148,6 @@ def check(config):
 #     remove              the patches most similar to a candidate go
 #
 # The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask.
-#
 # Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an
 # embedding, T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
@@ -166,8 +161,7 @@ def check_mask(name, ratio):
     if name not in MASKS:
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
-        raise ValueError(f"--ratio {' '.join(map(str, ratio))}: a share of patches to remove, at least 0 and "
-                         "below 1, or a range of two, low then high")
+        raise ValueError(f"--ratio {ratio}: must be a share, at least 0 and below 1, or two, low then high")
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a bad P."""
@@ -184,11 +178,9 @@ def sobel_edges(images, patch_size=16):
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
-    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # The gradient ignores constants, so we subtract the first pixel. A flat image then gives exactly zero,
-    # not rounding noise, which the min-max scaling would blow up.
+    # We subtract the first pixel: a flat image then gives exactly zero, not noise for the scaling to blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
@@ -197,9 +189,8 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 def pgs_candidates(edges, noise):
-    """(B, C) indices of the few patches proposed for removal, those with the highest `noise - edges`.
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): flat patches are proposed, outlines rarely, and
-    not the same ones every time. CLIP-PGS, generation."""
+    """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS, generation).
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches often, outlines rarely."""
     return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
@@ -223,16 +214,14 @@ def balance(similarity, eps=EPS, iterations=20):
     """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
     T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
     T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
-    1. Repeating u <- 1 / (K u) alternates between two vectors; their geometric mean is the answer.
-    2. So each step takes the geometric mean of u and 1 / (K u). K of cosines is positive semi-definite:
-       near the answer, each step at least halves the error."""
-    with torch.autocast(similarity.device.type, enabled=False):
-        similarity = similarity.float()
-        kernel = ((similarity - 1) / eps).exp()           # (B, L, L) between exp(-2 / eps) and 1: never 0
-        u = torch.ones_like(kernel[..., :1])              # (B, L, 1)
-        for _ in range(iterations):
-            u = (u / (kernel @ u)).sqrt()
-        return similarity + eps * (u.log() + u.log().transpose(-1, -2))
+    Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
+    and 1 / (K u): near the answer it at least halves the error, as K of cosines is positive semi-definite."""
+    similarity = similarity.float()
+    kernel = ((similarity - 1) / eps).exp()               # (B, L, L) between exp(-2 / eps) and 1: never 0
+    u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
+    for _ in range(iterations):
+        u = (u / (kernel @ u)).sqrt()
+    return similarity + eps * (u.log() + u.log().transpose(-1, -2))
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
     """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L); float32.
@@ -255,10 +244,9 @@ def block_mean(x, rows, columns):
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 def remove(score, ratio, noise, counted=None, share=None):
-    """Removes the patches with the highest scores: (B, L) -> keep (B, K) sorted, valid (B, K) bool or None.
-    The number removed is the number of scores, or of those `counted` (B, L), above 0.5, clamped to the range
-    `ratio`; with share (B,) in [0, 1) it lies that far between the ends of the range. Of equal scores those
-    with the highest noise (B, L) go first."""
+    """Removes the patches with the highest score (B, L): keep (B, K) sorted, valid (B, K) bool or None.
+    The number is that of scores, or of `counted` (B, L), above 0.5, clamped to the range `ratio`; with share
+    (B,) in [0, 1), it lies that far in the range. Of equal scores, the highest noise (B, L) goes first."""
     L = score.shape[1]
     low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
     count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
@@ -278,11 +266,10 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
               attention=None, edges=True, transport=True):
     """The patches that the encoder sees: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
     name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high) with the number chosen per image; then K is the most that any image may keep, and valid slots
-    come first. Randomness comes from noise (B, L + 1) uniform in [0, 1), or else from generator. cluster and
-    pgs compare pixels and, by the share alpha, embeddings (B, L, D), see `VisionTransformer.patch_tokens`.
-    attentive needs attention (B, L), see `class_attention`. An image's mask does not depend on the other
-    images of its batch. ValueError for an unknown name or ratio."""
+    (low, high), chosen per image; then K is the most that any image may keep, and valid slots come first.
+    noise: (B, L + 1) uniform in [0, 1), else drawn from generator. cluster and pgs compare pixels and, by the
+    share alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask does not
+    depend on the other images of the batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
     L = grid[0] * grid[1]
@@ -300,10 +287,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)      # 0.80 in the middle
             return remove(-noise - density.flatten(), ratio, noise, share=share)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
-            if attention is None:
-                raise ValueError("--mask attentive: needs the attention of an EMA encoder")
-            # Patches of a block share score and noise, so they go one after the other. A score is above 0.5
-            # where a block gets less than its even share of the class token's attention.
+            # Patches of a block go together. A score above 0.5: less than an even share of the attention.
             score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
             return remove(score, ratio, block_mean(noise, *grid))
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
@@ -313,18 +297,16 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             chosen = pgs_candidates(strength, noise)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         score = counted = pgs_score(similarity, chosen, transport)
-        # With a range, pixels alone decide how many patches go. Trained embeddings are so alike that nearly
-        # every image would go to the end of the range.
+        # Pixels alone say how many go: trained embeddings are so alike that it would nearly always be `high`.
         if len(ratio) == 2 and embeddings is not None and alpha > 0:
             counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
         return remove(score, ratio, noise, counted)
 
 # -----------------------------------------------------------------------------
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
-# open_clip, so that weights load strictly in both directions.
-#
-# Captions differ in length, as do images if `--ratio` is a range. Padding is not computed: all but attention
-# runs on the valid tokens, packed one after the other, (N, D). Attention needs the padded form, (B, K, D).
+# open_clip, so that weights load strictly in both directions. Captions differ in length, as do images if
+# `--ratio` is a range. Padding is not computed: all but attention runs on the valid tokens, packed one after
+# the other, (N, D). Attention needs the padded form, (B, K, D).
 
 class Slots(NamedTuple):
     """Which slots of a padded batch hold a token: how to get from one form to the other."""
@@ -344,7 +326,6 @@ class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
     def __init__(self, width):
         super().__init__()
-        self.num_heads = width // HEAD_WIDTH
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -354,8 +335,7 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if x.ndim == 2:
             qkv = slots.unpack(qkv)
-        B, K, _ = qkv.shape
-        q, k, v = qkv.view(B, K, 3, self.num_heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)  # (B, heads, K, 64)
+        q, k, v = qkv.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)           # (B, heads, K, 64)
         if rows is not None:
             row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)
             rows.append(row[:, :, 0, 1:].mean(1))                                        # (B, K - 1)
@@ -379,10 +359,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
-            gelu=QuickGELU() if quick_gelu else nn.GELU(),
-            c_proj=nn.Linear(4 * width, width)))
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        layers = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
         """(B, K, D), or (N, D) with its slots -> same shape; with first_only, the first token, (B, 1, D).
@@ -441,11 +420,10 @@ class VisionTransformer(nn.Module):
 
     def patch_tokens(self, images, keep=None):
         """Projections of the patches `keep` (B, K), or of all, plus positional embeddings: (B, K, D)."""
-        patches, position = patchify(images, self.patch_size), self.positional_embedding[1:]
+        patches = patchify(images, self.patch_size)
+        position = resize_positions(self.positional_embedding[1:], patches.shape[1])  # for --ema-size
         if keep is not None:
             patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
-        else:  # with --ema-size, the images may be of another size than the model's
-            position = resize_positions(position, patches.shape[1])
         return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):
@@ -485,15 +463,13 @@ class CLIP(nn.Module):
         return self.visual.class_token(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id.
-        What follows <end> is not computed, which is exact, because causal attention never looks ahead. Pass
-        tokens on the CPU: their lengths are then known without waiting for a GPU."""
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. The rest
+        is not computed: causal attention never looks ahead. Tokens on the CPU save waiting for the GPU."""
         device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
         T = int(ends.max()) + 1                                          # of the longest caption
-        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
+        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T), not needed on the GPU
         places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1  # last: each <end> in N
-        tokens, valid, places, last = (x.to(device, non_blocking=True)
-                                       for x in (tokens[:, :T], valid, places, last))
+        tokens, places, last = (x.to(device, non_blocking=True) for x in (tokens[:, :T], places, last))
         x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
         return self.ln_final(x[last]) @ self.text_projection
@@ -549,23 +525,20 @@ def gather(x):
     return torch.cat(parts)
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
-    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, which it
-    normalises: the same number on every rank. logit_scale multiplies the cosines. Pairs that are not decoded
-    (B,) bool are left out, as rows and as columns."""
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, the same
+    on each. logit_scale multiplies their cosines; pairs that are not decoded (B,) bool are left out."""
     images, texts = (gather(F.normalize(x, dim=-1)) for x in (image_features, text_features))
     known = torch.ones_like(images[:, 0], dtype=torch.bool) if decoded is None else gather(decoded)
     labels = torch.arange(len(known), device=known.device).where(known, -100)  # cross_entropy skips -100
-    loss = 0
-    for rows, columns in ((images, texts), (texts, images)):                   # (world_size * B, E) each
-        logits = (logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum") / 2
+    both = ((logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
+            for rows, columns in ((images, texts), (texts, images)))           # (world_size * B, E) each
+    loss = sum(F.cross_entropy(logits, labels, reduction="sum") for logits in both) / 2
     return loss / known.sum().clamp(min=1)
 
 # -----------------------------------------------------------------------------
 # Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
-# the CLIP loss is the mean over both views. --contrast compares the views with each other: heads see the
-# class tokens of the whole gathered batch, on every rank alike and outside DDP, so that batch norm and losses
-# depend neither on the number of ranks nor on --accum.
+# the CLIP loss is the mean over both views. --contrast compares the views: heads see the class tokens of all
+# ranks and passes, everywhere alike and outside DDP, so that batch norm is that of the whole global batch.
 
 def nt_xent(a, b, temperature=0.1):
     """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not normalised.
@@ -596,25 +569,25 @@ class Heads(nn.Module):
             self.projector, self.predictor = head(D, wide, 256), head(256, wide, 256)
             self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
-    def forward(self, tokens, taught):
-        """The losses of class tokens (2, N, D) and the teacher's (N, D), weighted as in A-CLIP's release."""
-        loss = 0
+    def forward(self, tokens, taught, decoded):
+        """The losses of class tokens (2, B, D) and the teacher's (B, D), of all ranks, without the pairs that
+        are not decoded (B,) bool; weighted as in A-CLIP's release."""
+        known, loss = gather(decoded), 0
+        tokens = [gather(token)[known] for token in tokens]                           # (N, D) of each view
         if hasattr(self, "simclr"):
             loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
         if hasattr(self, "projector"):  # 2.0 times the mean of both views
-            target = self.teacher(taught)
+            target = self.teacher(gather(taught)[known])
             loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
         return loss
 
 def cut_attention(attention, boxes, side):
-    """Attention (B, L) to a square image -> (B, side * side): to the patches of the part boxes (B, 4) of it,
-    given as left, top, right, bottom in [0, 1]."""
+    """Attention (B, L), cut to boxes (B, 4) of left, top, right, bottom in [0, 1]: (B, side ** 2)."""
     centers = (torch.arange(side, device=attention.device) + 0.5) / side              # of the part's patches
     x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
-    where = torch.stack([x[:, None].expand(-1, side, -1), y[..., None].expand(-1, -1, side)], dim=-1)
-    whole = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
-    where = 2 * where.to(whole) - 1                                                   # (B, side, side, 2)
-    return F.grid_sample(whole, where, padding_mode="border", align_corners=False).flatten(1)
+    where = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), dim=-1)    # (B, side, side, 2)
+    full = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
+    return F.grid_sample(full, 2 * where.to(full) - 1, padding_mode="border", align_corners=False).flatten(1)
 
 # -----------------------------------------------------------------------------
 # Optimizer and schedule.
@@ -637,9 +610,8 @@ def learning_rate(step, total_steps, peak, warmup):
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
 def step_noise(config, step, global_batch, device):
-    """This rank's columns of the mask noise of the whole global batch: (V, B, L + 1), uniform in [0, 1).
-    Drawn for all ranks and then sliced, so that masks depend neither on the number of ranks nor on --accum.
-    The seed is a hash of the run's seed and the step."""
+    """This rank's part of the mask noise: (V, B, L + 1), uniform in [0, 1), from the run's seed and the step.
+    Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor on --accum."""
     (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
@@ -657,30 +629,27 @@ def parts_of(config, batch):
 
 @torch.no_grad()
 def teach(config, ema, images, boxes):
-    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D).
-    images (V + 1, B, 3, H, W) uint8: the last one lies around both views, which are the parts boxes (V, B, 4)
-    of it. A single view (1, B, 3, H, W) is seen itself."""
+    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D). It
+    sees the last of images: (V + 1, B, 3, H, W) uint8, the views are boxes (V, B, 4) of it; or one view."""
     with autocast(config, images.device):
         seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
                 for part in parts_of(config, images.shape[1])]
     attention, taught = map(torch.cat, zip(*seen))
-    if len(images) == 1:
-        return attention[None], taught.float()
-    side = config.image_size // config.patch_size
-    return torch.stack([cut_attention(attention, box, side) for box in boxes]), taught.float()
+    side, cuts = config.image_size // config.patch_size, boxes if len(images) > 1 else ()
+    views = [cut_attention(attention, box, side) for box in cuts] or [attention]
+    return torch.stack(views), taught.float()
 
 @torch.no_grad()
 def batch_masks(config, visual, attention, images, noise, alpha):
     """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, L + 1)."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
-        for view, part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
-            pixels = data.normalize(images[view, part])  # again for the towers: floats are too large to keep
+        for part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
+            pixels = data.normalize(images[part])  # again for the towers: floats are too large to keep
             masks.append(make_mask(
-                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[view, part],
-                alpha=alpha, embeddings=visual.patch_tokens(pixels) if mixed else None,
-                attention=None if attention is None else attention[view, part], edges=config.edges,
-                transport=config.transport))
+                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[part],
+                embeddings=visual.patch_tokens(pixels) if mixed else None, alpha=alpha, edges=config.edges,
+                attention=None if attention is None else attention[part], transport=config.transport))
     return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in zip(*masks)]
 
 def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
@@ -690,36 +659,26 @@ def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught
     all parts without gradient, the loss and its gradient at them, each part again, backward from there."""
     def features(part):
         with autocast(config, images.device):
-            masks = (x if x is None else x[:, part].flatten(0, 1) for x in (keep, valid))
-            pixels = data.normalize(images[:, part].flatten(0, 1))
-            image, text, scale, token = model(pixels, tokens[part], *masks)
+            pixels, *masks = (x if x is None else x[:, part].flatten(0, 1) for x in (images, keep, valid))
+            image, text, scale, token = model(data.normalize(pixels), tokens[part], *masks)
         image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))
         return image, text.float(), scale, token         # (V, b, E), (b, E), (), (V, b, D)
 
-    def loss_of(image, text, scale, token):
-        loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
-        if heads:
-            known = gather(decoded)
-            loss = loss + heads([gather(view)[known] for view in token],
-                                taught if taught is None else gather(taught)[known])
-        return loss
-
-    if config.accum == 1:
-        loss = loss_of(*features(slice(None)))
-        loss.backward()
-        return loss.detach()
     parts = parts_of(config, images.shape[1])
-    with torch.no_grad():
+    with torch.set_grad_enabled(config.accum == 1):
         image, text, scale, token = zip(*(features(part) for part in parts))
     cached = torch.cat(image, dim=1), torch.cat(text), scale[0], torch.cat(token, dim=1)
-    loss = loss_of(*(x.requires_grad_() for x in cached))
+    image, text, scale, token = (x.requires_grad_() for x in cached)
+    loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
+    if heads:
+        loss = loss + heads(token, taught, decoded)
     loss.backward()
-    image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
-    for part in parts:
-        last = part is parts[-1]
-        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is enough.
-        # The gradient of the temperature belongs to all parts: it, too, goes in once.
-        with nullcontext() if last or ranks()[1] == 1 else model.no_sync():
+    if config.accum > 1:
+        image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
+        for part in parts:
+            # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is
+            # enough. The gradient of the temperature belongs to all parts: it, too, goes in once.
+            last = model.require_backward_grad_sync = part is parts[-1]
             grads = image[:, part], text[part], scale * last, token[:, part]
             torch.autograd.backward(features(part), grads)
     return loss.detach()
@@ -750,7 +709,7 @@ def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, deco
         update_ema(heads.teacher, heads.projector, alpha)
     share = 1.0 if keep is None else keep.shape[-1] / (config.image_size // config.patch_size) ** 2
     kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
-    return numbers | {"logit_scale": clip.logit_scale.exp(), "kept": kept}, keep, valid
+    return numbers | {"logit_scale": clip.logit_scale.detach().exp(), "kept": kept}, keep, valid
 
 # -----------------------------------------------------------------------------
 # The run, which `prepare` returns: everything around the steps. Order, crops and masks depend only on seed
@@ -812,41 +771,36 @@ def build(config, state, device):
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
     # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
-    return clip, DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
+    return clip, nn.parallel.DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
 
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. Checks what can be checked before work starts."""
     for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
         evaluate.read_folder(folder)
-    lock = claim(config) if ranks()[0] == 0 else None
-    shards, index = load_data(config)
-    global_batch = config.batch_size * config.accum * ranks()[1]
-    if global_batch > len(index):
-        raise ValueError(f"--batch-size {config.batch_size}: {global_batch} images per step, but only "
-                         f"{len(index)} samples")
-    for name, now, what in (
-            ("global_batch", global_batch, "images per step (ranks x --batch-size x --accum)"),
-            ("num_samples", len(index), "samples")):
+    run = SimpleNamespace(config=config, device=device, step=state.get("step", 0), record=state.get("record"))
+    run.lock = claim(config) if ranks()[0] == 0 else None
+    shards, index = run.shards, run.index = load_data(config)
+    run.global_batch = config.batch_size * config.accum * ranks()[1]
+    if run.global_batch > len(index):
+        raise ValueError(f"--batch-size: {run.global_batch} images per step, but only {len(index)} samples")
+    for name, now, what in (("global_batch", run.global_batch, "images per step (ranks x batch x accum)"),
+                            ("num_samples", len(index), "samples")):
         if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}; the "
-                             "number must be the same")
+            raise ValueError(f"--resume needs as many: had {state[name]} {what}, now there are {now}")
     if config.vocab and not state:
-        tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
+        run.tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
         merges = state["merges"] if state else data.learn_merges(
             data.sample_captions(shards, index), config.vocab_size - 514, progress=ranks()[0] == 0)
-        tokenizer = data.Tokenizer(merges, config.context_length)
-    config.vocab_size = tokenizer.vocab_size
-    chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
-    clip, model, optimizer, ema, heads = build(config, state, device)
-    steps_per_epoch = len(index) // global_batch  # the last, incomplete batch of an epoch is dropped
-    total_steps = config.steps or config.epochs * steps_per_epoch
-    unmasked_steps = min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
-    return SimpleNamespace(
-        config=config, lock=lock, device=device, shards=shards, index=index, tokenizer=tokenizer,
-        chances=chances, clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads,
-        step=state.get("step", 0), record=state.get("record"), global_batch=global_batch,
-        steps_per_epoch=steps_per_epoch, total_steps=total_steps, masked_steps=total_steps - unmasked_steps)
+        run.tokenizer = data.Tokenizer(merges, config.context_length)
+    config.vocab_size = run.tokenizer.vocab_size
+    run.chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
+    run.clip, run.model, run.optimizer, run.ema, run.heads = build(config, state, device)
+    per_epoch = run.steps_per_epoch = len(index) // run.global_batch  # the last, incomplete batch is dropped
+    run.total_steps = config.steps or config.epochs * per_epoch
+    run.num_epochs = math.ceil(run.total_steps / per_epoch)
+    run.masked_steps = run.total_steps - min(round(config.unmasked_epochs * per_epoch), run.total_steps // 2)
+    return run
 
 def save(run, name):
     """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then whole."""
@@ -879,15 +833,13 @@ def epoch_loader(run, epoch, steps):
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
 def train_epoch(run, epoch, log, requests):
-    """Trains to the end of the epoch, or until a rank has a signal in `requests`: (losses, stopped).
-    Each step adds its record, a line of json, to `log`. ValueError if too many samples do not decode."""
-    config, (rank, world_size), first = run.config, ranks(), run.step - epoch * run.steps_per_epoch
-    steps = range(first, min(run.steps_per_epoch, first + run.total_steps - run.step))
-    bar = tqdm(epoch_loader(run, epoch, steps),
-               f"epoch {epoch + 1}/{math.ceil(run.total_steps / run.steps_per_epoch)}", steps.stop,
-               initial=first, disable=rank > 0, leave=False,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]")
-    losses, stopped, num_lost, causes, tick = [], False, 0, Counter(), time.perf_counter()
+    """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of json.
+    ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on any rank."""
+    config, (rank, world_size), begin = run.config, ranks(), epoch * run.steps_per_epoch
+    steps = range(run.step - begin, min(run.steps_per_epoch, run.total_steps - begin))
+    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{run.num_epochs}", steps.stop,
+               initial=steps.start, disable=rank > 0, leave=False, unit=" steps")
+    losses, num_lost, causes, tick = [], 0, Counter(), time.perf_counter()
     for images, boxes, tokens, decoded, bad, fault in bar:
         if fault:
             raise OSError(fault)
@@ -901,22 +853,20 @@ def train_epoch(run, epoch, log, requests):
         if not losses and rank == 0 and (masked or config.mask == "none"):
             evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
         run.step += 1
-        values = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(run.device, non_blocking=True)
-                              for x in (*numbers.values(), len(bad), bool(requests))])
+        values = [*map(float, numbers.values()), len(bad), bool(requests)]  # waits for the GPU
+        values = torch.tensor(values, dtype=torch.float64, device=run.device)
         if dist.is_initialized():
             dist.all_reduce(values)
-        *means, lost, requested = (values / world_size).tolist()  # over the ranks; waits for the GPU
+        *sums, lost, requested = values.tolist()  # requested: a signal of one rank stops all after this step
         images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
         run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
-                          **dict(zip(numbers, means)))
+                          **{name: x / world_size for name, x in zip(numbers, sums)})
         losses.append(run.record["loss"])
         if not math.isfinite(losses[-1]):
             raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
-        stopped = requested > 0  # a signal that reached any rank stops all of them after the same step
-        due = stopped or run.step % config.save_every == 0 or len(losses) == len(steps)
+        due = requested or run.step % config.save_every == 0 or len(losses) == len(steps)
         causes.update(bad)
-        lost, num_read = round(lost * world_size), len(losses) * run.global_batch
-        num_lost += lost
+        num_lost, num_read = num_lost + int(lost), len(losses) * run.global_batch
         report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
                             *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
         if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
@@ -925,15 +875,15 @@ def train_epoch(run, epoch, log, requests):
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
         if due:
             save(run, "ckpt.pt")
-        if stopped:
-            break
-    bar.close()
+        if requested:
+            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+            sys.exit(line if rank == 0 else 1)
     if num_lost and rank == 0:
         print(report)
-    return losses, stopped
+    return losses
 
 def train(config, state, device):
-    """Trains as `config` says, from `state` on; leaves ckpt.pt, log.jsonl and two pictures in config.out."""
+    """Trains as `config` says, from `state` on. Returns whether a folder failed in the last evaluation."""
     run, (rank, world_size) = prepare(config, state, device), ranks()
     state.clear()  # free the checkpoint: its tensors have been copied
     results, requests, say = {}, [], print if rank == 0 else lambda *lines, **options: None
@@ -943,39 +893,30 @@ def train(config, state, device):
     L = (config.image_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in run.clip.parameters()) / 1e6
     removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
-    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} rank"
-        f"{'s' * (world_size > 1)} x {config.batch_size * config.accum} images | {run.total_steps} steps, "
-        f"{run.steps_per_epoch} per epoch: {run.masked_steps} with mask {config.mask}, {removed} of {L} "
-        f"patches removed, {run.total_steps - run.masked_steps} on whole images", flush=True)
-    stopped, begin, began = False, time.perf_counter(), run.step
-    while True:
-        if run.step and (run.step == run.total_steps or run.step % run.steps_per_epoch == 0):
-            # After --resume, too: the run may have been killed between this checkpoint and its evaluation.
-            epoch = run.record["epoch"]
-            if config.keep_epochs:
-                save(run, f"epoch_{epoch}.pt")
-            results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
-            if results:
-                log.write(json.dumps(run.record | dict(eval=results)) + "\n")
-            if rank == 0 and (results or run.step > began):
-                evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
-            if run.step > began:
-                minutes = (time.perf_counter() - begin) / 60
-                to_go = minutes * (run.total_steps - run.step) / (run.step - began)
-                metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
-                say(f"epoch {epoch}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
-                    f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
-        if run.step >= run.total_steps:
-            break
-        if stopped:
-            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
-            sys.exit(line if rank == 0 else 1)
-        losses, stopped = train_epoch(run, run.step // run.steps_per_epoch, log, requests)
+    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} x "
+        f"{run.global_batch // world_size} images | {run.total_steps} steps, {run.steps_per_epoch} per epoch "
+        f"and {run.masked_steps} with mask {config.mask}: {removed} of {L} patches removed", flush=True)
+    start, first = time.perf_counter(), run.step
+    # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
+    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
+        losses = train_epoch(run, epoch, log, requests)
+        if config.keep_epochs:
+            save(run, f"epoch_{epoch + 1}.pt")
+        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
+        if results:
+            log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+        if rank == 0 and (results or losses):
+            evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
+        if losses:
+            minutes = (time.perf_counter() - start) / 60
+            to_go = minutes * (run.total_steps - run.step) / (run.step - first)
+            metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
+            say(f"epoch {epoch + 1}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
+                f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
     if results:
         say(evaluate.table(results))
     say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
-    if any("failed" in metrics for metrics in results.values()):
-        sys.exit(1)
+    return any("failed" in metrics for metrics in results.values())
 
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
@@ -1009,17 +950,15 @@ def parse(arguments):
     """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the
     defaults. With --resume, the options of its run do; with --init, the size of its model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog="Without --data, the demo has other defaults: " +
-                                     ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+                                     epilog=f"Without --data, the demo has other defaults: {DEMO}")
     for f in fields(Config):
         how = dict(metavar="X", type=type(f.default), nargs="?" if f.name == "resume" else None)
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             how = dict(metavar="X", type=float if f.default else str, nargs="+")
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=f"{f.metadata['help']} (default: {'none' if shown == '' else shown})")
+                            help=f"{f.metadata['help']} (default: {f.default!r})")
     options, state = parser.parse_args(arguments), {}
     if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
@@ -1031,7 +970,7 @@ def parse(arguments):
         if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
         then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or ".", show_masks=()))
+        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or "."))
     elif options.init:  # the weights and the tokenizer, not the state of a run
         clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
         state = dict(model=clip.state_dict(), merges=tokenizer.merges)
@@ -1042,20 +981,17 @@ def parse(arguments):
 
 def main():
     """Entry point, one process per rank under torchrun. What went wrong: a message, a code, or None."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    fault, patience = None, 0
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         config, state = parse(sys.argv[1:])
         check(config)
         if config.show_masks:
             return show_masks(config, state)
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS is above 1, so every task would train alone: start torchrun in "
-                             "one task per machine")
+            raise ValueError("SLURM_NTASKS: all tasks would train alone; start torchrun, one task a machine")
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 config.precision = "fp32"  # an old card; the first line of the run says so
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
@@ -1063,27 +999,22 @@ def main():
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        train(config, state, device)
+        return train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
-        fault = stop.code
+        return stop.code
     except (Exception, KeyboardInterrupt) as error:
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
-        fault, patience = (f"error: {line}", min(rank, 1)) if line else (traceback.format_exc(), 5)
-    if world_size > 1 and fault:
-        # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that lost
-        # the connection to it. Of ranks that failed alike, rank 0 is enough: the others wait for their end.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(patience)
-    return fault
+        if world_size > 1:
+            # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that
+            # lost the connection to it. Of ranks that failed alike, rank 0 speaks and the others wait.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(min(rank, 1) if line else 5)
+        return f"error: {line}" if line else traceback.format_exc()
 
-def leave(fault):
-    """Ends the process at once, with what `main` returned. A normal exit would wait for workers that ignore
-    SIGTERM; it can hang in NCCL, and gloo's threads can abort the process."""
+if __name__ == "__main__":
+    fault = main()
     if isinstance(fault, str):
         print(fault, file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
+    # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or gloo.
     os._exit(1 if fault else 0)
-
-if __name__ == "__main__":
-    leave(main())
