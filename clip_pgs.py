@@ -114,7 +114,7 @@ DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_
 def tower_sizes(model):
     """(width, layers, text width, text layers, E) of a name in SIZES, or of numbers written as there."""
     found = re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", SIZES.get(model, model))
-    if not found:
+    if not found or any(int(width) % HEAD_WIDTH for width in found.group(1, 3)):
         raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
     return tuple(map(int, found.groups()))
 
@@ -722,13 +722,12 @@ def claim(config):
     path, lock = f"{config.out}/ckpt.pt", open(f"{config.out}/.lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # any other error: the file system cannot lock
         raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
-    ours = config.resume and os.path.samefile(os.path.dirname(config.resume) or ".", config.out)
-    if os.path.exists(path) and not ours:
+    if os.path.exists(path) and not (config.resume and os.path.samefile(config.resume, path)):
         then = evaluate.read_checkpoint(path)
-        raise ValueError(f"--out {config.out}: holds a run (mask {then['config']['mask']}, step "
-                         f"{then['step']}); go on by --resume, or name another --out")
+        run = f"run (mask {then['config']['mask']}, step {then['step']})" if "merges" in then else "ckpt.pt"
+        raise ValueError(f"--out {config.out}: holds a {run}; go on by --resume, or name another --out")
     return lock
 
 def load_data(config):
@@ -754,8 +753,9 @@ def build(config, state, device):
     heads = Heads(config).to(device) if config.contrast else None
     if state:
         name, L = "visual.positional_embedding", (config.image_size // config.patch_size) ** 2
-        first, *rest = state["model"][name]
-        position = torch.stack([first, *resize_positions(torch.stack(rest), L)])
+        position = state["model"][name]
+        if not config.resume:  # --init, perhaps at another --image-size
+            position = torch.cat([position[:1], resize_positions(position[1:], L)])
         try:
             clip.load_state_dict(state["model"] | {name: position})
         except RuntimeError as error:
@@ -775,7 +775,7 @@ def build(config, state, device):
 
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. Checks what can be checked before work starts."""
-    for folder in config.val if config.data else ():  # the demo's folders may have yet to be drawn
+    for folder in sorted({*config.val} - {*DEMO["val"]}):  # the demo's may have yet to be drawn
         evaluate.read_folder(folder)
     run = SimpleNamespace(config=config, device=device, step=state.get("step", 0), record=state.get("record"))
     run.lock = claim(config) if ranks()[0] == 0 else None
@@ -924,12 +924,9 @@ def train(config, state, device):
 def show_masks(config, state):
     """Writes masks.png to --out: a row per photograph, its edges, attention and what each mask keeps of it.
     With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
-    torch.manual_seed(config.seed)
-    clip, tiles, P = CLIP(config), [], config.patch_size
+    clip, tiles, P = build(config, state, "cpu")[0], [], config.patch_size
+    clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
     generator = torch.Generator().manual_seed(config.seed)
-    if state:
-        clip.load_state_dict(state["model"])
-        clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
     for path in config.show_masks:
         pixels = evaluate.open_photo(path, config.image_size)[None]                     # (1, 3, H, W) uint8
         images = data.normalize(pixels)
@@ -957,8 +954,9 @@ def parse(arguments):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             how = dict(metavar="X", type=float if f.default else str, nargs="+")
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=f"{f.metadata['help']} (default: {f.default!r})")
+                            help=f"{f.metadata['help']} (default: {shown or 'none'})")
     options, state = parser.parse_args(arguments), {}
     if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
@@ -974,24 +972,26 @@ def parse(arguments):
     elif options.init:  # the weights and the tokenizer, not the state of a run
         clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
         state = dict(model=clip.state_dict(), merges=tokenizer.merges)
-        parser.set_defaults(**{name: getattr(then, name) for name in
-                               ("model", "image_size", "patch_size", "context_length", "quick_gelu")})
+        fixed = "model", "image_size", "patch_size", "context_length", "vocab_size", "quick_gelu"
+        parser.set_defaults(**{name: getattr(then, name) for name in fixed})
     options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
 
 def main():
     """Entry point, one process per rank under torchrun. What went wrong: a message, a code, or None."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names in a tar need not be text
     try:
         config, state = parse(sys.argv[1:])
         check(config)
         if config.show_masks:
             return show_masks(config, state)
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS: all tasks would train alone; start torchrun, one task a machine")
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            raise ValueError("SLURM_NTASKS: each task would train alone; use torchrun, a task per machine")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 config.precision = "fp32"  # an old card; the first line of the run says so
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not

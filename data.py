@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # of two images of a sample, CLIP_benchmark takes the first
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1], RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -67,7 +67,8 @@ def what_it_is(path, otherwise="not a tar"):
 HINTS = {"KeyboardInterrupt": "interrupted",
          "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
          "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
-         "DataLoader worker": "a worker was killed, perhaps for lack of memory: pass fewer --workers"}
+         "DataLoader worker (pid": "a worker was killed, perhaps for lack of memory: pass fewer --workers",
+         "process pool": "a reader was killed, perhaps for lack of memory: pass fewer --workers"}
 
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
@@ -105,25 +106,27 @@ def tar_samples(path):
     """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order; of a damaged
     tar, those before its fault. A key ends at the first dot of the file name. A key that comes again is
     another sample, as in webdataset. Names are labels, never paths on disk."""
-    samples, of_key, fault = [], defaultdict(dict), ""
+    samples, of_key, key, fault, length = [], defaultdict(dict), None, "", os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if tar.offset <= member.offset:
-                    raise ValueError("a header with a negative size")
+                if not member.offset < tar.offset <= length:  # where the next header would be
+                    raise ValueError("end of data")
                 stem, dot, extension = member.name.rpartition("/")[2].partition(".")
-                if not stem or not member.isfile():
-                    continue  # a hidden file, such as macOS puts beside others; a folder, link or device
-                key, extension = member.name.removesuffix(dot + extension), extension.lower()
-                if extension in of_key[key]:  # names start again: what follows belongs to no sample so far
+                if not stem or not dot or not member.isfile():
+                    continue  # a hidden file, such as macOS puts beside others; a README, folder or link
+                last, key = key, member.name.removesuffix(dot + extension)
+                files, extension = of_key[key], extension.lower()
+                second = key != last and extension in IMAGE_EXTENSIONS and {*files} & {*IMAGE_EXTENSIONS}
+                if extension in files or second:  # names start again: what follows is of no sample so far
                     samples += of_key.items()
                     of_key.clear()
                 of_key[key][extension] = member.offset_data, member.size
             rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         if not rest or len(rest) % 512:
-            fault = f"truncated, the tar breaks off at byte {os.path.getsize(path)}"
+            fault = f"truncated, the tar breaks off at byte {length}"
         elif rest.strip(b"\0"):
             fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
         elif not of_key:
@@ -148,7 +151,8 @@ def index_shard(path, number):
         if image and text:
             rows.append((number, *image, *text, "txt" not in files))
             # x.seg.png beside x.jpg is no sample; with x.seg.txt beside it, it was meant to be one.
-            pictures = [name for name in pictures if f"{name.rpartition('.')[0]}.txt" in files]
+            texts = {name.rpartition(".")[0] for name in files if name.endswith((".txt", ".json"))}
+            pictures = [name for name in pictures if name.rpartition(".")[0] in texts]
         elif not pictures:
             lost.append(("no image", key))
         dots = " (a key ends at the first dot of the file name)"
@@ -480,6 +484,8 @@ class Batches(torch.utils.data.Dataset):
             try:
                 texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
                 words[i] = split_words(texts[rng.integers(len(texts))])
+                if not words[i]:
+                    raise ValueError("empty caption")
                 with open_image(raw) as image:
                     image = upright(image)
                     found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
@@ -511,7 +517,9 @@ class Batches(torch.utils.data.Dataset):
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
-        return [words[i] for i in sorted(order[sizes.cumsum() <= self.config.text_tokens])]
+        kept = sorted(order[sizes.cumsum() <= self.config.text_tokens])
+        # The first word may be longer than that, in scripts without spaces: then its beginning stays.
+        return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
 
 def captions(shard, row):
     """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
@@ -524,7 +532,7 @@ def captions(shard, row):
         raise ValueError("caption is not UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("no caption in the json") from None
-    lines = found.splitlines() if isinstance(found, str) else found if isinstance(found, list) else []
+    lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
         raise ValueError("empty caption")

@@ -388,9 +388,9 @@ def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
     lines, records = Path(path).read_text("utf-8", "replace").splitlines(), []
     for line in lines:
-        with suppress(ValueError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
-            if {"step", "loss"} <= record.keys():
+            if math.isfinite(record["step"] + record["loss"]):
                 records.append(record)
     if len(records) < len(lines):
         print(f"warning: {path}: {len(lines) - len(records)} damaged lines dropped")
@@ -444,7 +444,7 @@ def draw_curves(path, logs):
 # The types in .safetensors, and plain numbers of NumPy, which others store beside the tensors: not code.
 TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 scalar = np.float64(0).__reduce__()[0]
-NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efdilbB?"),
+NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "efd?U" + np.typecodes["AllInteger"]),
            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
 
 def read_safetensors(path):
@@ -471,7 +471,7 @@ def read_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         what = "damaged, no checkpoint, or one that could run code when loaded"
-        what = error.strerror if isinstance(error, OSError) else data.what_it_is(path, what)
+        what = error.strerror if getattr(error, "filename", None) else data.what_it_is(path, what)
         raise ValueError(f"{path}: refused ({type(error).__name__}): {what}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint, it holds a {type(state).__name__}")
@@ -486,7 +486,7 @@ def load(path, vocab="", quick_gelu=False):
     state = checkpoint["model"] if ours else checkpoint.get("state_dict", checkpoint)
     try:
         # DDP and torch.compile put "module." and "_orig_mod." into names.
-        state = {name.removeprefix("module.").replace("_orig_mod.", ""): x for name, x in state.items()}
+        state = {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in state.items()}
         # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
         openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
         state = {k: x.float() for k, x in state.items() if torch.is_tensor(x) and k not in openai}
