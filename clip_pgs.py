@@ -786,7 +786,7 @@ def prepare(config, state, device):
     for name, now, what in (("global_batch", run.global_batch, "images per step (ranks x batch x accum)"),
                             ("num_samples", len(index), "samples")):
         if state.get(name, now) != now:
-            raise ValueError(f"--resume needs as many: had {state[name]} {what}, now there are {now}")
+            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}")
     if config.vocab and not state:
         run.tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
     else:
@@ -890,12 +890,12 @@ def train(config, state, device):
     for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
         signal.signal(number, lambda number, frame: requests.append(number))
     log = open(os.devnull, "w") if rank else open_log(f"{config.out}/log.jsonl", run.step)
-    L = (config.image_size // config.patch_size) ** 2
-    parameters = sum(p.numel() for p in run.clip.parameters()) / 1e6
+    L, whole = (config.image_size // config.patch_size) ** 2, run.total_steps - run.masked_steps
+    millions = sum(p.numel() for p in run.clip.parameters()) / 1e6
     removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
-    say(f"{config.model}, {parameters:.1f}M parameters | {device.type}, {config.precision}, {world_size} x "
-        f"{run.global_batch // world_size} images | {run.total_steps} steps, {run.steps_per_epoch} per epoch "
-        f"and {run.masked_steps} with mask {config.mask}: {removed} of {L} patches removed", flush=True)
+    say(f"{config.model}, {millions:.1f}M parameters | {device.type}, {config.precision} | {world_size} x "
+        f"{run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch | {run.masked_steps} "
+        f"steps with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images", flush=True)
     start, first = time.perf_counter(), run.step
     # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
     for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
