@@ -894,8 +894,8 @@ def train(config, state, device):
     millions = sum(p.numel() for p in run.clip.parameters()) / 1e6
     removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
     say(f"{config.model}, {millions:.1f}M parameters | {device.type}, {config.precision} | {world_size} x "
-        f"{run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch | {run.masked_steps} "
-        f"steps with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images", flush=True)
+        f"{run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch, {run.masked_steps}"
+        f" with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images", flush=True)
     start, first = time.perf_counter(), run.step
     # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
     for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
