@@ -36,7 +36,8 @@ import data
 # Folders, in the layout of LAION's CLIP_benchmark. All of it is read and checked before the first image is
 # encoded. A sample that cannot be read is an error, never skipped: a score over fewer samples would be a lie.
 
-Sample = namedtuple("Sample", "path offset size name")  # where an image lies; name is for messages
+# Where an image lies, in a tar or a file of its own; name is for messages.
+Sample = namedtuple("Sample", "path offset size name", defaults=(0, -1, "the picture"))
 # One split. targets: class numbers, or for retrieval lists of captions, without classnames and templates.
 Folder = namedtuple("Folder", "samples targets classnames templates")
 
@@ -185,11 +186,9 @@ def classification_metrics(scores, labels):
 # -----------------------------------------------------------------------------
 # Retrieval: find the image of a caption, and a caption of an image.
 
-QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in memory
-
 def nearest(queries, gallery, k=10):
     """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first."""
-    scores = (rows @ gallery.T for rows in queries.split(QUERIES))
+    scores = (rows @ gallery.T for rows in queries.split(512))  # of 5,000 x 25,000, a tenth is in memory
     return torch.cat([some.topk(min(k, len(gallery))).indices for some in scores])
 
 def retrieval_metrics(image_features, text_features, image_of_text):
@@ -245,11 +244,10 @@ SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
     """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
-    questions = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}
+    questions, results = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}, {}
     names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
-    samples = [Sample(f"{images}/{name}", 0, -1, name) for name in names]
+    samples = [Sample(f"{images}/{name}") for name in names]
     features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
-    results = {}
     for kind, (asked, *texts) in questions.items():
         image = torch.stack([features[name] for name in asked])                  # (N, E)
         right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
@@ -285,10 +283,6 @@ def sheet(path, tiles, columns):
         image.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (x, y))  # keeps small pixels sharp
         draw.text((x, y + TILE + 4), text, "black", font_size=12)
     image.save(path)
-
-def open_photo(path, size):
-    """The middle of a photograph as people see it, upright and on white: (3, size, size) uint8."""
-    return read_image(Sample(path, 0, -1, os.path.basename(path)), size, upright=True)
 
 def heat_map(patches, side):
     """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
@@ -510,14 +504,13 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
 
 def table(results):
     """{name: metrics} as an aligned Markdown table, in percent; several acc1 get an average row."""
-    rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
+    header = {name: name.replace("_retrieval_recall", "") for metrics in results.values() for name in metrics}
+    rows, blank = {"": header, **results}, dict.fromkeys(header, "")
+    classified = [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
         rows["average"] = {name: sum(m[name] for m in classified) / len(classified) for name in classified[0]}
-    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
-    for row, metrics in rows.items():
-        values = [metrics.get(name, "") for name in names]  # "failed" is a text
-        cells.append([row, *(value if isinstance(value, str) else f"{100 * value:.2f}" for value in values)])
+    cells = [[row, *(x if isinstance(x, str) else f"{100 * x:.2f}" for x in (blank | metrics).values())]
+             for row, metrics in rows.items()]  # the header, and why a folder failed, are texts
     first, *widths = (max(map(len, column)) for column in zip(*cells))
     cells.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
     rows = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in cells]
