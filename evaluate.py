@@ -1,4 +1,4 @@
-"""What a CLIP checkpoint is worth: the papers' evaluations, number for number with CLIP_benchmark.
+"""What a CLIP (ours, open_clip's, OpenAI's) is worth: the papers' evaluations, equal to CLIP_benchmark's.
 
     python evaluate.py out/ckpt.pt                               the folders that --val named in training
     python evaluate.py out/ckpt.pt --data imagenet1k flickr30k   any folders in CLIP_benchmark's layout
@@ -6,8 +6,7 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Takes weights of clip_pgs.py, open_clip, OpenAI and the CLIP-PGS authors. Top to bottom: folders, embed,
-classification, retrieval, linear probe, compositionality, pictures, weights, evaluate, table and main.
+Top to bottom: folders, embed, zero-shot, retrieval, probe, SugarCrepe, pictures, weights, evaluate, main.
 """
 import argparse
 import json
@@ -36,8 +35,7 @@ import data
 # Folders, in the layout of LAION's CLIP_benchmark. All of it is read and checked before the first image is
 # encoded. A sample that cannot be read is an error, never skipped: a score over fewer samples would be a lie.
 
-# Where an image lies, in a tar or a file of its own; name is for messages.
-Sample = namedtuple("Sample", "path offset size name", defaults=(0, -1, "the picture"))
+Sample = namedtuple("Sample", "path offset size name", defaults=(0, -1, "the picture"))  # where an image is
 # One split. targets: class numbers, or for retrieval lists of captions, without classnames and templates.
 Folder = namedtuple("Folder", "samples targets classnames templates")
 
