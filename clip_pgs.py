@@ -928,8 +928,8 @@ def show_masks(config, state):
     clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
     generator = torch.Generator().manual_seed(config.seed)
     for path in config.show_masks:
-        pixels = evaluate.open_photo(path, config.image_size)[None]                     # (1, 3, H, W) uint8
-        images = data.normalize(pixels)
+        pixels = evaluate.read_image(evaluate.Sample(path), config.image_size, upright=True)[None]
+        images = data.normalize(pixels)                                                 # (1, 3, H, W)
         (attention, _), edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
         tiles += [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),

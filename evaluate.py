@@ -1,4 +1,4 @@
-"""What a CLIP checkpoint is worth: the papers' evaluations, number for number with CLIP_benchmark.
+"""What a CLIP (ours, open_clip's, OpenAI's) is worth: the papers' evaluations, equal to CLIP_benchmark's.
 
     python evaluate.py out/ckpt.pt                               the folders that --val named in training
     python evaluate.py out/ckpt.pt --data imagenet1k flickr30k   any folders in CLIP_benchmark's layout
@@ -6,8 +6,7 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Takes weights of clip_pgs.py, open_clip, OpenAI and the CLIP-PGS authors. Top to bottom: folders, embed,
-classification, retrieval, linear probe, one folder, compositionality, pictures, weights, table and main.
+Top to bottom: folders, embed, zero-shot, retrieval, probe, SugarCrepe, pictures, weights, evaluate, main.
 """
 import argparse
 import json
@@ -16,12 +15,11 @@ import os
 import sys
 import textwrap
 import warnings
-from collections import defaultdict, deque, namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import count, cycle, islice
-from operator import itemgetter
+from itertools import chain, count, cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +35,7 @@ import data
 # Folders, in the layout of LAION's CLIP_benchmark. All of it is read and checked before the first image is
 # encoded. A sample that cannot be read is an error, never skipped: a score over fewer samples would be a lie.
 
-Sample = namedtuple("Sample", "path offset size name")  # where an image lies; name is for messages
+Sample = namedtuple("Sample", "path offset size name", defaults=(0, -1, "the picture"))  # where an image is
 # One split. targets: class numbers, or for retrieval lists of captions, without classnames and templates.
 Folder = namedtuple("Folder", "samples targets classnames templates")
 
@@ -98,7 +96,7 @@ def read_lines(path):
 # Embed: open_clip's evaluation transform, bit for bit, then unit features. Of several ranks, rank r encodes
 # every world_size-th sample from the r-th on, and all get all features.
 
-IMAGE_BATCH, TEXT_BATCH = 128, 512  # large enough to fill a GPU; features depend on them by rounding alone
+IMAGES, TEXTS = 128, 512  # at a time: enough to fill a GPU; features depend on it by rounding alone
 
 def resize_and_crop(image, size):
     """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB."""
@@ -106,9 +104,8 @@ def resize_and_crop(image, size):
     image = ImageOps.crop(data.eight_bits(image), tuple(max(0, side - longest) // 2 for side in image.size))
     width, height = (int(size * side / min(image.size)) for side in image.size)  # cut off, not rounded
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    image = image.crop((left, top, left + size, top + size)).convert("RGB")  # last: palettes do not mix
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # last: palettes do not mix
 
 def preprocess(image, size):
     """What the encoder sees of a PIL image: (3, size, size) float."""
@@ -127,28 +124,21 @@ def read_image(sample, size, upright=False):
         cause = getattr(error, "strerror", None) or error
         raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
-def image_batches(samples, size, workers, name=""):
-    """Yields (B, 3, size, size) uint8, read two batches ahead. By threads: Pillow works without Python's
-    lock, they start at once in the middle of a training run, and an error arrives as it was raised."""
-    starts = tqdm(range(0, len(samples), IMAGE_BATCH), name, leave=False, unit=" batches", disable=not name)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        batches = (pool.map(partial(read_image, size=size), samples[i:i + IMAGE_BATCH]) for i in starts)
-        ahead = deque(islice(batches, 2))  # each is at work as soon as it is asked for
-        while ahead:
-            ahead.extend(islice(batches, 1))
-            yield torch.stack([*ahead.popleft()])
-
 def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
-    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says."""
-    batches = image_batches(samples[rank::world_size], config.image_size, workers, "" if rank else name)
-    features = (model.encode_image(data.normalize(images.to(model.logit_scale.device))) for images in batches)
-    return gather(model, features, len(samples), rank, world_size)
+    """Unit features (N, E) of samples, on the model's device; `name` is what the progress bar says. Threads
+    read: Pillow works without Python's lock, and they start at once in the middle of a training run."""
+    own, read = samples[rank::world_size], partial(read_image, size=config.image_size)
+    starts = tqdm(range(0, len(own), IMAGES), name, leave=False, unit=" batches", disable=rank or not name)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        reads = (pool.map(read, own[i:i + IMAGES]) for i in starts)
+        batches = (torch.stack([*now]) for now, _ in pairwise(chain(reads, [None])))  # the next is being read
+        features = (model.encode_image(data.normalize(x.to(model.logit_scale.device))) for x in batches)
+        return gather(model, features, len(samples), rank, world_size)
 
 def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
     """Unit features (N, E) of a list of str, on the model's device."""
     own = texts[rank::world_size]
-    features = (model.encode_text(tokenizer.encode(own[start:start + TEXT_BATCH]))
-                for start in range(0, len(own), TEXT_BATCH))
+    features = (model.encode_text(tokenizer.encode(own[i:i + TEXTS])) for i in range(0, len(own), TEXTS))
     return gather(model, features, len(texts), rank, world_size)
 
 @torch.no_grad()
@@ -194,11 +184,9 @@ def classification_metrics(scores, labels):
 # -----------------------------------------------------------------------------
 # Retrieval: find the image of a caption, and a caption of an image.
 
-QUERIES = 512  # at a time: of 5,000 x 25,000 scores, only a tenth is ever in memory
-
 def nearest(queries, gallery, k=10):
     """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first."""
-    scores = (rows @ gallery.T for rows in queries.split(QUERIES))
+    scores = (rows @ gallery.T for rows in queries.split(512))  # of 5,000 x 25,000, a tenth is in memory
     return torch.cat([some.topk(min(k, len(gallery))).indices for some in scores])
 
 def retrieval_metrics(image_features, text_features, image_of_text):
@@ -231,12 +219,11 @@ def fit_logistic(features, labels, num_classes, C, start=None):
     return weights.detach()
 
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
-    """(test accuracy, C, held-out accuracy): C is chosen on a held-out tenth of the training set, then refit.
-    Without the features' mean, which the free bias replaces, L-BFGS needs a fraction of the steps."""
+    """(test accuracy, C, held-out accuracy); C: the best on a tenth of the training set, then fit to all."""
     def accuracy(weights, features, labels):
         return mean(F.linear(features, weights[:, :-1], weights[:, -1]).argmax(1) == labels)
 
-    center = train_features.double().mean(0)
+    center = train_features.double().mean(0)  # the free bias replaces it; L-BFGS then needs far fewer steps
     train_features, test_features = train_features.double() - center, test_features.double() - center
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.to(train_labels.device).tensor_split([max(1, len(order) // 10)])
@@ -249,75 +236,29 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
     return accuracy(weights, test_features, test_labels), C, known[C]
 
 # -----------------------------------------------------------------------------
-# One folder, from its files to its metrics.
-
-def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, probe=False, pictures=""):
-    """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}. All ranks call it together.
-    probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG of what was found."""
-    name, this = os.path.basename(os.path.abspath(folder)), read_folder(folder)
-    train = read_folder(folder, "train") if probe and this.classnames else None
-    images = embed_images(model, this.samples, config, rank, world_size, workers, name)
-    if not this.classnames:
-        image_of_text, captions = zip(*((i, text) for i, texts in enumerate(this.targets) for text in texts))
-        texts = embed_texts(model, tokenizer, captions, rank, world_size)
-        if pictures:
-            draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
-        return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=images.device))
-
-    classes = class_features(model, tokenizer, this.classnames, this.templates, rank, world_size)
-    scores, labels = images @ classes.T, torch.tensor(this.targets, device=images.device)
-    metrics = classification_metrics(scores, labels)
-    if pictures:
-        draw_mistakes(f"{pictures}/{name}.png", this, scores, labels)
-    if train:
-        known = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
-        targets = torch.tensor(train.targets, device=images.device)
-        metrics["lp_acc1"], C, held_out = linear_probe(known, targets, images, labels, len(this.classnames))
-        print(f"{name}: linear probe by full-batch L-BFGS on {len(known)} images; C = {C:.3g}, the best on a "
-              f"held-out tenth ({held_out:.1%} right)")
-    return metrics
-
-def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
-    """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks."""
-    results = {}
-    for folder in folders:
-        try:
-            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size)
-        except (ValueError, OSError) as error:
-            results[folder] = {"failed": data.message(error)}
-    return results
-
-def first_metrics(results):
-    """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
-    return {f"{os.path.basename(os.path.normpath(folder))} {name.replace('_retrieval_recall', '')}": value
-            for folder, found in results.items() for name, value in [*found.items()][:1] if name != "failed"}
-
-# -----------------------------------------------------------------------------
 # Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
 
 SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
     """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
-    questions, results = {name: read_questions(f"{folder}/{name}.json") for name in SUGARCREPE}, {}
+    questions, results = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}, {}
     names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
-    samples = [Sample(f"{images}/{name}", 0, -1, name) for name in names]
+    samples = [Sample(f"{images}/{name}") for name in names]
     features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
     for kind, (asked, *texts) in questions.items():
         image = torch.stack([features[name] for name in asked])                  # (N, E)
         right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
-        results[f"sugar_crepe/{kind}"] = {"acc": mean(right > wrong)}
+        results[kind] = mean(right > wrong)
     for kind in ("replace", "swap", "add"):
-        known = [metrics["acc"] for name, metrics in results.items() if f"/{kind}_" in name]
-        results[f"sugar_crepe/{kind}"] = {"acc": sum(known) / len(known)}
-    return results
+        results[kind] = float(np.mean([acc for name, acc in results.items() if name.startswith(kind)]))
+    return {f"sugar_crepe/{kind}": {"acc": acc} for kind, acc in results.items()}
 
 def read_questions(path):
     """[images' file names, captions, negative captions] of one of SugarCrepe's json files."""
-    parts = itemgetter("filename", "caption", "negative_caption")
     with suppress(ValueError, KeyError, TypeError, AttributeError):
-        if rows := [parts(row) for row in json.loads(Path(path).read_bytes()).values()]:
-            return [*zip(*rows)]
+        if rows := json.loads(Path(path).read_bytes()).values():
+            return [[row[key] for row in rows] for key in ("filename", "caption", "negative_caption")]
     raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
 
 # -----------------------------------------------------------------------------
@@ -340,10 +281,6 @@ def sheet(path, tiles, columns):
         image.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (x, y))  # keeps small pixels sharp
         draw.text((x, y + TILE + 4), text, "black", font_size=12)
     image.save(path)
-
-def open_photo(path, size):
-    """The middle of a photograph as people see it, upright and on white: (3, size, size) uint8."""
-    return read_image(Sample(path, 0, -1, os.path.basename(path)), size, upright=True)
 
 def heat_map(patches, side):
     """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
@@ -411,6 +348,11 @@ def plot(draw, left, title, series):
         draw.line(lines[0], color, 2) if len(lines) == 1 else draw.polygon(lines[0] + lines[1][::-1], color)
     draw.text((left + 50, 20), title, "black", font_size=11)
 
+def first_metrics(results):
+    """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
+    return {f"{os.path.basename(os.path.normpath(folder))} {name.replace('_retrieval_recall', '')}": value
+            for folder, found in results.items() for name, value in [*found.items()][:1] if name != "failed"}
+
 def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' log.jsonl; returns {run: its last metrics}."""
     panels, last = defaultdict(list), {}
@@ -454,9 +396,8 @@ def read_safetensors(path):
     header, tensors = json.loads(raw[8:start]), {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensor = torch.frombuffer(raw[start + first:start + last], dtype=TYPES[entry["dtype"]])
-        tensors[name] = tensor.reshape(entry["shape"])
+        first, last = (start + offset for offset in entry["data_offsets"])
+        tensors[name] = torch.frombuffer(raw[first:last], dtype=TYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 def read_checkpoint(path):
@@ -487,12 +428,11 @@ def load(path, vocab="", quick_gelu=False):
     try:
         # DDP and torch.compile put "module." and "_orig_mod." into names.
         state = {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in state.items()}
-        # Only OpenAI's archives hold these three, and OpenAI's weights need QuickGELU.
-        openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()
+        openai = {"input_resolution", "context_length", "vocab_size"} & state.keys()  # in its archives alone
         state = {k: x.float() for k, x in state.items() if torch.is_tensor(x) and k not in openai}
         known = checkpoint["config"] if ours else infer_config(state)
         config = clip_pgs.Config(**{k: x for k, x in known.items() if hasattr(clip_pgs.Config, k)})
-        config.quick_gelu |= quick_gelu or bool(openai)
+        config.quick_gelu |= quick_gelu or bool(openai)  # OpenAI trained with QuickGELU
         clip_pgs.check(config)
         with torch.device("meta"):  # shapes alone: random weights would be drawn only to be thrown away
             model = clip_pgs.CLIP(config)
@@ -514,8 +454,7 @@ def infer_config(state):
     """{name: value} of the Config fields that the shapes of a state dict in CLIP's names tell."""
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     context_length, text_width = state["positional_embedding"].shape
-    if width % 64 or text_width % 64 or width > 1024:
-        # No tensor tells the number of heads. All of CLIP's are 64 wide; those of ViT-H and up are not.
+    if width % 64 or text_width % 64 or width > 1024:  # ViT-H and up; no tensor tells the number of heads
         raise ValueError(f"a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
     blocks = [name.startswith("visual.") for name in state if name.endswith(".ln_1.weight")]
     towers = f"{width}x{blocks.count(True)}-{text_width}x{blocks.count(False)}"
@@ -524,51 +463,59 @@ def infer_config(state):
                 context_length=context_length, vocab_size=len(state["token_embedding.weight"]))
 
 # -----------------------------------------------------------------------------
-# Table and main.
+# Evaluate: a folder from its files to its metrics, several folders, the table of all, main.
+
+def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, probe=False, pictures=""):
+    """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}. All ranks call it together.
+    probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG of what was found."""
+    name, this = os.path.basename(os.path.abspath(folder)), read_folder(folder)
+    train = read_folder(folder, "train") if probe and this.classnames else None
+    images = embed_images(model, this.samples, config, rank, world_size, workers, name)
+    if not this.classnames:
+        image_of_text, captions = zip(*((i, text) for i, texts in enumerate(this.targets) for text in texts))
+        texts = embed_texts(model, tokenizer, captions, rank, world_size)
+        if pictures:
+            draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
+        return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=images.device))
+
+    classes = class_features(model, tokenizer, this.classnames, this.templates, rank, world_size)
+    scores, labels = images @ classes.T, torch.tensor(this.targets, device=images.device)
+    metrics = classification_metrics(scores, labels)
+    if pictures:
+        draw_mistakes(f"{pictures}/{name}.png", this, scores, labels)
+    if train:
+        known = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
+        targets = torch.tensor(train.targets, device=images.device)
+        metrics["lp_acc1"], C, held_out = linear_probe(known, targets, images, labels, len(this.classnames))
+        print(f"{name}: probe on {len(known)} images; C = {C:.3g}, {held_out:.1%} right on a held-out tenth")
+    return metrics
+
+def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
+    """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks."""
+    results = {}
+    for folder in folders:
+        try:
+            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size)
+        except (ValueError, OSError) as error:
+            results[folder] = {"failed": data.message(error)}
+    return results
 
 def table(results):
     """{name: metrics} as an aligned Markdown table, in percent; several acc1 get an average row."""
-    rows, classified = dict(results), [metrics for metrics in results.values() if "acc1" in metrics]
+    header = {name: name.replace("_retrieval_recall", "") for metrics in results.values() for name in metrics}
+    rows, blank = {"": header, **results}, dict.fromkeys(header, "")
+    classified = [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
         rows["average"] = {name: sum(m[name] for m in classified) / len(classified) for name in classified[0]}
-    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    cells = [["", *(name.replace("_retrieval_recall", "") for name in names)]]
-    for row, metrics in rows.items():
-        values = [metrics.get(name, "") for name in names]  # "failed" is a text
-        cells.append([row, *(value if isinstance(value, str) else f"{100 * value:.2f}" for value in values)])
+    cells = [[row, *(x if isinstance(x, str) else f"{100 * x:.2f}" for x in (blank | metrics).values())]
+             for row, metrics in rows.items()]  # the header, and why a folder failed, are texts
     first, *widths = (max(map(len, column)) for column in zip(*cells))
     cells.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
     rows = [" | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in cells]
     return "\n".join(f"| {row} |" for row in rows)
 
-def run(options):
-    """Evaluates all that was asked for and prints the table, or draws the curves of runs."""
-    if options.curves:
-        print(table(draw_curves("curves.png", options.curves)) + "\nwrote curves.png")
-        return
-    if not options.checkpoint:
-        raise ValueError("name a checkpoint, such as out/ckpt.pt, or logs with --curves")
-    if bool(options.sugarcrepe) != bool(options.images):
-        raise ValueError("--sugarcrepe and --images go together: the json files, and COCO's val2017 images")
-    model, tokenizer, config = load(options.checkpoint, options.vocab, options.quick_gelu)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    folders = options.data or (() if options.sugarcrepe else config.val)
-    if not folders and not options.sugarcrepe:
-        raise ValueError(f"{options.checkpoint}: was trained without --val; say what to evaluate with --data")
-    for folder in folders:  # a slip in the last folder shows before the first one's hour of work
-        read_folder(folder)
-    if options.pictures:
-        os.makedirs(options.pictures, exist_ok=True)
-    results = {folder: evaluate(model, tokenizer, config, folder, workers=options.workers,
-                                probe=options.probe, pictures=options.pictures) for folder in folders}
-    if options.sugarcrepe:
-        results |= sugarcrepe(model, tokenizer, config, options.sugarcrepe, options.images, options.workers)
-    print(table(results))
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1))
-
 def main():
-    """The command line."""
+    """The command line: evaluates what was asked for and prints a table, or draws the curves of runs."""
     parser = argparse.ArgumentParser(description="Evaluates a CLIP checkpoint.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a file of clip_pgs.py, open_clip, OpenAI or CLIP-PGS")
@@ -582,8 +529,30 @@ def main():
     add("--pictures", metavar="DIR", help="write a PNG of what was found or mistaken")
     add("--curves", nargs="+", metavar="LOG", help="draw runs' log.jsonl to curves.png, print last metrics")
     add("--workers", type=int, default=4, help="threads that read and decode images")
+    args = parser.parse_args()
     try:
-        run(parser.parse_args())
+        if args.curves:
+            print(table(draw_curves("curves.png", args.curves)) + "\nwrote curves.png")
+            return
+        if not args.checkpoint:
+            raise ValueError("name a checkpoint, such as out/ckpt.pt, or logs with --curves")
+        if bool(args.sugarcrepe) != bool(args.images):
+            raise ValueError("--sugarcrepe and --images go together: json files, and COCO's val2017 images")
+        model, tokenizer, config = load(args.checkpoint, args.vocab, args.quick_gelu)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        folders = args.data or (() if args.sugarcrepe else config.val)
+        if not folders and not args.sugarcrepe:
+            raise ValueError(f"{args.checkpoint}: trained without --val; say what to evaluate with --data")
+        for folder in folders:  # a slip in the last folder shows before the first one's hour of work
+            read_folder(folder)
+        os.makedirs(args.pictures or ".", exist_ok=True)
+        results = {folder: evaluate(model, tokenizer, config, folder, workers=args.workers, probe=args.probe,
+                                    pictures=args.pictures) for folder in folders}
+        if args.sugarcrepe:
+            results |= sugarcrepe(model, tokenizer, config, args.sugarcrepe, args.images, args.workers)
+        print(table(results))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1))
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {data.message(error)}")
 

@@ -912,7 +912,7 @@ def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not
     (tmp_path / "0.png").write_bytes(raw)
     seen = batches(tmp_path, [("0.png", raw), ("0.txt", b"x")], [[0]], tiny(scale=(1, 1)))[0][0][0, 0]
     assert (seen.permute(1, 2, 0).numpy() == np.asarray(TWO_COLOURS)).all()
-    assert evaluate.open_photo(str(tmp_path / "0.png"), 16).equal(seen)
+    assert evaluate.read_image(evaluate.Sample(tmp_path / "0.png"), 16, upright=True).equal(seen)
     assert not evaluate.resize_and_crop(data.decode_image(raw), 16).equal(seen)
 
 def test_random_boxes_have_the_area_and_shape_asked_for_and_a_very_long_picture_gives_its_middle():
