@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 
 import numpy as np
 import torch
@@ -175,28 +175,25 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    paths = [os.path.join(folder, name) for name in ("index.npy", "index.json")]
-    index, faults, lost = None, [], {}
+    index, paths = None, [os.path.join(folder, name) for name in ("index.npy", "index.json")]
     with suppress(Exception), open(paths[1]) as file:  # not there yet, or damaged: it is only a copy
-        stored = json.load(file)
-        if folder and stored["stamp"] == stamp:
-            index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
+        stored, faults, lost = json.load(file)
+        if folder and stored == stamp:
+            index = np.load(paths[0], mmap_mode="r")
     if index is None:
-        parts, jobs = [], (index_shard, shards, range(len(shards)))
+        jobs, lost = (index_shard, shards, range(len(shards))), {}
         with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
             results = pool.map(*jobs, chunksize=4) if workers else map(*jobs)
             bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
-            for rows, missing, fault in bar:
-                parts.append(rows)
-                faults += [fault] if fault else []
-                for cause, name in missing:  # {cause: [how many, the first]}
-                    lost.setdefault(cause, [0, name])[0] += 1
-        index = np.concatenate(parts)
+            parts, missing, faults = zip(*bar)
+        index, faults = np.concatenate(parts), list(filter(None, faults))
+        for cause, name in chain(*missing):  # {cause: [how many, the first]}
+            lost.setdefault(cause, [0, name])[0] += 1
         if folder:  # each machine of a run may write it: parts have names of their own
             with write_whole(paths[0], f".{os.urandom(4).hex()}.part") as file:
                 np.save(file, index)
             with write_whole(paths[1], f".{os.urandom(4).hex()}.part") as file:
-                file.write(json.dumps(dict(stamp=stamp, faults=faults, lost=lost)).encode())
+                file.write(json.dumps([stamp, faults, lost]).encode())
     if len(faults) > max_bad * len(shards):
         raise ValueError("\n".join(faults))
     num_lost = sum(n for n, _ in lost.values())
@@ -465,8 +462,8 @@ class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
     lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
     of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). The
-    first `masked` batches have shortened captions. A sample that does not decode has a black image, and its
-    cause is in the list `lost`. If a disk fails, `fault` is its message, else ""."""
+    first `masked` batches have shortened captions. A sample that does not decode is black, its cause is in
+    the list `lost`. `fault` is the message of a disk that fails, or ""."""
     def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
         self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
         self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
@@ -489,20 +486,18 @@ class Batches(torch.utils.data.Dataset):
                 with open_image(raw) as image:
                     image = upright(image)
                     found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
-                    around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
-                    images[:, i] = crops(image, np.vstack([found, around])[:len(images)], size)
+                    low, high = found[:, :2].min(0), found[:, 2:].max(0)  # corners of the part around them
+                    images[:, i] = crops(image, np.vstack([found, [*low, *high]])[:len(images)], size)
+                boxes[:, i] = torch.from_numpy((found - np.tile(low, 2)) / np.tile(high - low, 2))
+                for view in images[:V, i] if V > 1 else ():
+                    view.copy_(augment(view, rng))
+                if config.text_tokens and number < self.masked:
+                    words[i] = self.shorten(words[i], rng)
             except OSError as error:
                 fault = message(error)
             except ValueError as error:
                 decoded[i] = False
                 lost.append(str(error))
-            else:
-                corner, sides = np.tile(around[:2], 2), np.tile(around[2:] - around[:2], 2)
-                boxes[:, i] = torch.from_numpy((found - corner) / sides)
-                for view in images[:V, i] if V > 1 else ():
-                    view.copy_(augment(view, rng))
-                if config.text_tokens and number < self.masked:
-                    words[i] = self.shorten(words[i], rng)
         batch = images, boxes, self.tokenizer.encode(words), decoded
         if torch.utils.data.get_worker_info():
             # If shared memory runs out, the error reaches the training loop from here. It would not from the
@@ -525,13 +520,10 @@ def captions(shard, row):
     """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
     ValueError if there is none, or if they are not UTF-8."""
     raw = read_bytes(shard, row["text"], row["text_size"])
-    try:
-        found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
-        found = json.loads(found)["caption"] if row["json"] else found
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
+    try:  # -sig: some editors put a mark before the first line
+        found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json") from None
+        raise ValueError("no caption in the json" if row["json"] else "caption is not UTF-8") from None
     lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
@@ -560,30 +552,24 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
                     tar.addfile(member, io.BytesIO(raw))
     return shard + 1
 
-def read_caption_list(path):
-    """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.decode("utf-8-sig", "replace").rstrip("\r\n")
-            image, _, caption = line.partition("\t")
-            if not image or not caption.strip() or line.encode() not in raw:  # then it is not UTF-8
-                what = f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}"
-                raise ValueError(f"{path}, line {number}: {what}")
-            yield number, image, caption
-
 def list_samples(path):
-    """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of
-    the same image that follow each other are one sample. ValueError that names a bad line."""
-    for image, lines in groupby(read_caption_list(path), key=lambda line: line[1]):
-        numbers, _, texts = zip(*lines)
-        extension = image.rpartition(".")[2].lower()
-        if extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"{path}, line {numbers[0]}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
-        try:
-            with open(os.path.join(os.path.dirname(path), image), "rb") as file:
-                yield {extension: file.read(), "txt": "\n".join(texts).encode()}
-        except OSError as error:
-            raise ValueError(f"{path}, line {numbers[0]}: {image}: {error.strerror}") from None
+    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative to its
+    folder. Lines of one image that follow each other are one sample. ValueError that names a bad line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for image, lines in groupby(enumerate(file, 1), key=lambda line: line[1].partition("\t")[0]):
+            texts = []
+            try:
+                for number, line in lines:
+                    texts.append(line.partition("\t")[2].rstrip("\r\n"))
+                    if not image or not texts[-1].strip() or re.search("[\udc80-\udcff]", line):  # not UTF-8
+                        raise ValueError(f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}")
+                extension = image.rpartition(".")[2].lower()
+                if extension not in IMAGE_EXTENSIONS:
+                    raise ValueError(f"{image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
+                with open(os.path.join(os.path.dirname(path), image), "rb") as picture:
+                    yield {extension: picture.read(), "txt": "\n".join(texts).encode()}
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {message(error)}") from None
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the
