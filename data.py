@@ -67,7 +67,7 @@ def what_it_is(path, otherwise="not a tar"):
 HINTS = {"KeyboardInterrupt": "interrupted",
          "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
          "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
-         r"DataLoader worker \(pid|process pool": "a worker was killed: too little memory? fewer --workers"}
+         r"worker \(pid|process pool": "a worker was killed, maybe for lack of memory: pass fewer --workers"}
 
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
@@ -83,7 +83,7 @@ def message(error):
 # image and caption lies. With that index, any sample is one read away, and an epoch is a permutation.
 
 def expand(patterns):
-    """Shards by path, glob or range, such as 'cc12m/{00000..01242}.tar', in order. ValueError for no file."""
+    """Shards by path, glob or range, such as '{00000..01242}.tar', in order. ValueError if one is missing."""
     paths = []
     for path in patterns:
         if os.path.isdir(path):
@@ -102,7 +102,7 @@ def expand(patterns):
 def tar_samples(path):
     """([(key, {extension: (offset, size)})], fault or ""): a tar's samples in its order, up to its fault.
     A key ends at the first dot of a file name. A key that comes again is another sample, as in webdataset."""
-    samples, of_key, key, fault, length = [], defaultdict(dict), None, "", os.path.getsize(path)
+    samples, start, key, fault, length = defaultdict(dict), 0, None, "", os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
@@ -113,25 +113,24 @@ def tar_samples(path):
                 if not stem or not dot or not member.isfile():
                     continue  # a hidden file, such as macOS puts beside others; a README, folder or link
                 last, key = key, member.name.removesuffix(dot + extension)
-                files, extension = of_key[key], extension.lower()
+                files, extension = samples[start, key], extension.lower()
                 second = key != last and extension in IMAGE_EXTENSIONS and {*files} & {*IMAGE_EXTENSIONS}
                 if extension in files or second:  # names start again: what follows is of no sample so far
-                    samples += of_key.items()
-                    of_key.clear()
-                of_key[key][extension] = member.offset_data, member.size
+                    start += 1
+                samples[start, key][extension] = member.offset_data, member.size
             rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         if not rest or len(rest) % 512:
             fault = f"truncated, the tar breaks off at byte {length}"
         elif rest.strip(b"\0"):
             fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
-        elif not of_key:
+        elif not samples:
             fault = "a tar without files"
     except OSError:
         raise  # the disk's fault
     except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
         fault = "truncated" if "end of data" in str(error) else what_it_is(path)
-    return [*samples, *of_key.items()], f"{path}: {fault}" if fault else ""
+    return [(key, files) for (_, key), files in samples.items()], f"{path}: {fault}" if fault else ""
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
@@ -164,9 +163,9 @@ def ignore_signals(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all processes of a job
 
 def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
-    """(N,) array of INDEX rows, one per image with a caption, in the shards' order; and a list of warnings.
-    ValueError if more than the share max_bad of the shards is broken, or of the samples incomplete. `folder`
-    keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
+    """(N,) INDEX rows, one per image with a caption, in the shards' order; and a list of warnings. ValueError
+    if more than the share max_bad of the shards is broken or of the samples incomplete, OSError if a disk
+    fails. `folder` keeps index.npy for the next start and other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
     index, paths = None, [os.path.join(folder, name) for name in ("index.npy", "index.json")]
@@ -261,8 +260,7 @@ def to_rgb(image):
     """RGB as people see the picture: transparent parts lie on white."""
     image = eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 def random_box(width, height, scale, rng):
@@ -448,10 +446,9 @@ def word_chances(captions, threshold=1e-6, least=5):
 
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
-    lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
-    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). The
-    first `masked` batches have shortened captions. A sample that does not decode is black, its cause is in
-    the list `lost`. `fault` is the message of a disk that fails, or ""."""
+    lost, fault. order: (steps, B) sample numbers; V: --views. `whole` adds to images the part around all
+    views, in which they are the boxes (left, top, right, bottom in [0, 1]). The first `masked` batches have
+    shorter captions. What does not decode is black, its cause in `lost`. fault: the disk's message, or ""."""
     def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
         self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
         self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
@@ -487,10 +484,9 @@ class Batches(torch.utils.data.Dataset):
                 decoded[i] = False
                 lost.append(str(error))
         batch = images, boxes, self.tokenizer.encode(words), decoded
-        if torch.utils.data.get_worker_info():
-            # Without room in shared memory this is an error; in the thread that sends it would be a hang.
-            for x in batch:
-                x.share_memory_()
+        # A worker without room in shared memory fails here; in the thread that sends, it would hang forever.
+        for x in batch if torch.utils.data.get_worker_info() else ():
+            x.share_memory_()
         return *batch, lost, fault
 
     def shorten(self, words, rng):
@@ -503,7 +499,7 @@ class Batches(torch.utils.data.Dataset):
         return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
 
 def captions(shard, row):
-    """The captions of an INDEX row, a list of str: lines of .txt, "caption" of .json. ValueError for none."""
+    """The captions of an INDEX row, a list of str: lines of .txt, "caption" of .json. ValueError if none."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:  # -sig: some editors put a mark before the first line
         found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
