@@ -396,8 +396,7 @@ class Tokenizer:
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values()), *map("".join, pairs)]
         self.rank = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
-        self.start, self.end = len(symbols), len(symbols) + 1
-        self.vocab_size = len(symbols) + 2
+        self.start, self.end, self.vocab_size = len(symbols), len(symbols) + 1, len(symbols) + 2
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -504,7 +503,7 @@ def captions(shard, row):
     try:  # -sig: some editors put a mark before the first line
         found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json" if row["json"] else "caption is not UTF-8") from None
+        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
     lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
