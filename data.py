@@ -22,12 +22,12 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # of two images of a sample, CLIP_benchmark takes the first
@@ -63,17 +63,16 @@ def what_it_is(path, otherwise="not a tar"):
         return "a Git LFS pointer: run `git lfs pull`"
     return otherwise if head else f"empty file, {otherwise}"
 
-# What to say to a user whose error contains these words.
+# What to say to a user whose error matches a pattern.
 HINTS = {"KeyboardInterrupt": "interrupted",
          "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
          "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
-         "DataLoader worker (pid": "a worker was killed, perhaps for lack of memory: pass fewer --workers",
-         "process pool": "a reader was killed, perhaps for lack of memory: pass fewer --workers"}
+         r"worker \(pid|process pool": "a worker was killed, maybe for lack of memory: pass fewer --workers"}
 
 def message(error):
     """The line of an error that a user gets to see; "" for what is no user's mistake."""
-    for sign, hint in HINTS.items():
-        if sign in repr(error):
+    for pattern, hint in HINTS.items():
+        if re.search(pattern, repr(error)):
             return hint
     if getattr(error, "filename", None):
         return f"{error.filename}: {error.strerror}"
@@ -84,18 +83,16 @@ def message(error):
 # image and caption lies. With that index, any sample is one read away, and an epoch is a permutation.
 
 def expand(patterns):
-    """The shards that paths, globs and brace ranges such as 'cc12m/{00000..01242}.tar' stand for, in order.
-    Numbers keep their width. ValueError for a path that is not there or a pattern that matches nothing."""
+    """Shards by path, glob or range, such as '{00000..01242}.tar', in order. ValueError if one is missing."""
     paths = []
     for path in patterns:
         if os.path.isdir(path):
             raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
         if braces:
             numbers = range(int(braces[1]), int(braces[2]) + 1)
             found = expand(path.replace(braces[0], str(n).zfill(len(braces[1])), 1) for n in numbers)
-        else:
-            found = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not found:
             why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
             raise ValueError(f"--data {path}: {'an empty range' if braces else why}")
@@ -103,10 +100,9 @@ def expand(patterns):
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
 def tar_samples(path):
-    """([(key, {extension: (offset, size)})], fault or ""): the samples of a tar in its order; of a damaged
-    tar, those before its fault. A key ends at the first dot of the file name. A key that comes again is
-    another sample, as in webdataset. Names are labels, never paths on disk."""
-    samples, of_key, key, fault, length = [], defaultdict(dict), None, "", os.path.getsize(path)
+    """([(key, {extension: (offset, size)})], fault or ""): a tar's samples in its order, up to its fault.
+    A key ends at the first dot of a file name. A key that comes again is another sample, as in webdataset."""
+    samples, start, key, fault, length = defaultdict(dict), 0, None, "", os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
@@ -117,26 +113,24 @@ def tar_samples(path):
                 if not stem or not dot or not member.isfile():
                     continue  # a hidden file, such as macOS puts beside others; a README, folder or link
                 last, key = key, member.name.removesuffix(dot + extension)
-                files, extension = of_key[key], extension.lower()
+                files, extension = samples[start, key], extension.lower()
                 second = key != last and extension in IMAGE_EXTENSIONS and {*files} & {*IMAGE_EXTENSIONS}
                 if extension in files or second:  # names start again: what follows is of no sample so far
-                    samples += of_key.items()
-                    of_key.clear()
-                of_key[key][extension] = member.offset_data, member.size
+                    start += 1
+                samples[start, key][extension] = member.offset_data, member.size
             rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
         # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
         if not rest or len(rest) % 512:
             fault = f"truncated, the tar breaks off at byte {length}"
         elif rest.strip(b"\0"):
             fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
-        elif not of_key:
+        elif not samples:
             fault = "a tar without files"
     except OSError:
         raise  # the disk's fault
     except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
         fault = "truncated" if "end of data" in str(error) else what_it_is(path)
-    samples += of_key.items()
-    return samples, f"{path}: {fault}" if fault else ""
+    return [(key, files) for (_, key), files in samples.items()], f"{path}: {fault}" if fault else ""
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
@@ -157,9 +151,9 @@ def index_shard(path, number):
             lost.append(("no image", key))
         dots = " (a key ends at the first dot of the file name)"
         lost += [("no caption" + dots * ("." in name), f"{key}.{name}") for name in pictures]
-    if fault and samples:
-        fault += f"; {len(rows)} pairs stand before that"
-    elif not rows and not fault:
+    if fault:
+        fault += f"; usable pairs: {len(rows)}"
+    elif not rows:
         fault = f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt"
     return np.array(rows, INDEX), lost, fault
 
@@ -169,34 +163,30 @@ def ignore_signals(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all processes of a job
 
 def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
-    """(N,) array of INDEX rows, one per image with a caption, in the shards' order; and a list of warnings.
-    A broken shard gives what stands before its fault, and a warning. ValueError if more than the share
-    max_bad of the shards is broken or of the samples incomplete; OSError if a shard cannot be read. `folder`
-    keeps the index as index.npy, for the next start and for other ranks, which share its pages in memory."""
+    """(N,) INDEX rows, one per image with a caption, in the shards' order; and a list of warnings. ValueError
+    if more than the share max_bad of the shards is broken or of the samples incomplete, OSError if a disk
+    fails. `folder` keeps index.npy for the next start and other ranks, which share its pages in memory."""
     # A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    paths = [os.path.join(folder, name) for name in ("index.npy", "index.json")]
-    index, faults, lost = None, [], {}
+    index, paths = None, [os.path.join(folder, name) for name in ("index.npy", "index.json")]
     with suppress(Exception), open(paths[1]) as file:  # not there yet, or damaged: it is only a copy
-        stored = json.load(file)
-        if folder and stored["stamp"] == stamp:
-            index, faults, lost = np.load(paths[0], mmap_mode="r"), stored["faults"], stored["lost"]
+        stored, faults, lost = json.load(file)
+        if folder and stored == stamp:
+            index = np.load(paths[0], mmap_mode="r")
     if index is None:
-        parts, jobs = [], (index_shard, shards, range(len(shards)))
+        jobs = index_shard, shards, range(len(shards))
         with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
             results = pool.map(*jobs, chunksize=4) if workers else map(*jobs)
             bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
-            for rows, missing, fault in bar:
-                parts.append(rows)
-                faults += [fault] if fault else []
-                for cause, name in missing:  # {cause: [how many, the first]}
-                    lost.setdefault(cause, [0, name])[0] += 1
-        index = np.concatenate(parts)
+            parts, missing, faults = zip(*bar)
+        index, faults, lost = np.concatenate(parts), list(filter(None, faults)), {}
+        for cause, name in chain(*missing):  # {cause: [how many, the first]}
+            lost.setdefault(cause, [0, name])[0] += 1
         if folder:  # each machine of a run may write it: parts have names of their own
             with write_whole(paths[0], f".{os.urandom(4).hex()}.part") as file:
                 np.save(file, index)
             with write_whole(paths[1], f".{os.urandom(4).hex()}.part") as file:
-                file.write(json.dumps(dict(stamp=stamp, faults=faults, lost=lost)).encode())
+                file.write(json.dumps([stamp, faults, lost]).encode())
     if len(faults) > max_bad * len(shards):
         raise ValueError("\n".join(faults))
     num_lost = sum(n for n, _ in lost.values())
@@ -209,8 +199,7 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
 
 def epoch_order(index, seed, epoch):
-    """(N,) sample numbers in the order of this epoch, from seed and epoch alone. Shards are shuffled, then
-    every sample moves by up to WINDOW places: a disk sees nearly sequential reads."""
+    """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within WINDOW."""
     rng = np.random.default_rng([seed, epoch])
     place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
     order = place.argsort(kind="stable")
@@ -238,14 +227,13 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
 
 @contextmanager
 def open_image(raw):
-    """In a `with`: the picture in `raw` bytes, whose pixels are decoded when they are needed. ValueError with
-    the cause for whatever Pillow raises in there (OSError, SyntaxError, struct.error ...)."""
+    """In a `with`: the picture in `raw` bytes, not yet decoded. ValueError with the cause if it can't be."""
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
         yield image
-    except Exception as error:
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ...
         raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
 
 def decode_image(raw):
@@ -272,8 +260,7 @@ def to_rgb(image):
     """RGB as people see the picture: transparent parts lie on white."""
     image = eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 def random_box(width, height, scale, rng):
@@ -300,8 +287,8 @@ def crops(image, boxes, size):
         boxes = (boxes / round(width / image.width)).round().astype(int)
     pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                  # (1, 3, H, W)
     # The same as Pillow's resize up to rounding, five times as fast.
-    return torch.cat([F.interpolate(pixels[..., top:bottom, left:right], (size, size), mode="bicubic",
-                                    antialias=True) for left, top, right, bottom in boxes])
+    parts = [pixels[..., top:bottom, left:right] for left, top, right, bottom in boxes]
+    return torch.cat([F.interpolate(part, (size, size), mode="bicubic", antialias=True) for part in parts])
 
 # A-CLIP's strengths; None: the hue.
 JITTER = (ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2), (None, 0.1)
@@ -315,9 +302,8 @@ def augment(view, rng):
         if enhancer:
             image = enhancer(image).enhance(1 + change)
         else:
-            hue, *others = image.convert("HSV").split()
-            hue = hue.point(lambda value: (value + round(255 * change)) % 256)
-            image = Image.merge("HSV", (hue, *others)).convert("RGB")
+            turn = Image.new("HSV", image.size, (round(255 * change) % 256, 0, 0))
+            image = ImageChops.add_modulo(image.convert("HSV"), turn).convert("RGB")
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.1:
@@ -327,8 +313,7 @@ def augment(view, rng):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def normalize(images):
-    """(..., 3, H, W) uint8 -> float32 on the same device, with CLIP's mean and deviation.
-    The operations and their order are open_clip's, so that the result is equal to the last bit."""
+    """(..., 3, H, W) uint8 -> float32 on the same device, normalised as by open_clip, to the last bit."""
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
@@ -372,8 +357,7 @@ def join(word, pair):
     return word.replace(" %s  %s " % pair, " %s%s " % pair)
 
 def learn_merges(captions, num_merges, progress=False):
-    """Up to `num_merges` BPE merges of an iterable of captions, one 'a b' a line, most frequent pair first,
-    none that occurs once. A merge visits the words that hold its pair, and counts their pairs anew."""
+    """Up to `num_merges` BPE merges, 'a b' a line: always the most frequent pair, none that occurs once."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
     words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
@@ -391,7 +375,7 @@ def learn_merges(captions, num_merges, progress=False):
             break
         merges.append(" ".join(pair))
         joined, grown = "".join(pair), set()
-        for number in holders.pop(pair):
+        for number in holders.pop(pair):  # of these words the pairs are counted anew
             for old in pairwise(words[number].split()):
                 pair_count[old] -= times[number]
             words[number] = join(words[number], pair)
@@ -412,8 +396,7 @@ class Tokenizer:
         symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values()), *map("".join, pairs)]
         self.rank = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
-        self.start, self.end = len(symbols), len(symbols) + 1
-        self.vocab_size = len(symbols) + 2
+        self.start, self.end, self.vocab_size = len(symbols), len(symbols) + 1, len(symbols) + 2
 
     @classmethod
     def from_file(cls, path, context_length=77):
@@ -440,8 +423,7 @@ class Tokenizer:
             word = join(word, pair)
 
     def encode(self, captions):
-        """(N, T) int64 of a list of str, or of lists of words of byte symbols: <start>, ids, <end>, zeros.
-        A longer caption is cut before its <end>."""
+        """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; cut before <end> if too long."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
             words = split_words(caption) if isinstance(caption, str) else caption
@@ -463,10 +445,9 @@ def word_chances(captions, threshold=1e-6, least=5):
 
 class Batches(torch.utils.data.Dataset):
     """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
-    lost, fault. order: (steps, B) sample numbers; V: --views. With `whole`, images has one more row: the part
-    of the picture around all views, in which they are the boxes (left, top, right, bottom in [0, 1]). The
-    first `masked` batches have shortened captions. A sample that does not decode has a black image, and its
-    cause is in the list `lost`. If a disk fails, `fault` is its message, else ""."""
+    lost, fault. order: (steps, B) sample numbers; V: --views. `whole` adds to images the part around all
+    views, in which they are the boxes (left, top, right, bottom in [0, 1]). The first `masked` batches have
+    shorter captions. What does not decode is black, its cause in `lost`. fault: the disk's message, or ""."""
     def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
         self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
         self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
@@ -489,31 +470,26 @@ class Batches(torch.utils.data.Dataset):
                 with open_image(raw) as image:
                     image = upright(image)
                     found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
-                    around = np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)])    # (V, 4) -> (4,)
-                    images[:, i] = crops(image, np.vstack([found, around])[:len(images)], size)
+                    low, high = found[:, :2].min(0), found[:, 2:].max(0)  # corners of the part around them
+                    images[:, i] = crops(image, np.vstack([found, [*low, *high]])[:len(images)], size)
+                boxes[:, i] = torch.from_numpy((found - np.tile(low, 2)) / np.tile(high - low, 2))
+                for view in images[:V, i] if V > 1 else ():
+                    view.copy_(augment(view, rng))
+                if config.text_tokens and number < self.masked:
+                    words[i] = self.shorten(words[i], rng)
             except OSError as error:
                 fault = message(error)
             except ValueError as error:
                 decoded[i] = False
                 lost.append(str(error))
-            else:
-                corner, sides = np.tile(around[:2], 2), np.tile(around[2:] - around[:2], 2)
-                boxes[:, i] = torch.from_numpy((found - corner) / sides)
-                for view in images[:V, i] if V > 1 else ():
-                    view.copy_(augment(view, rng))
-                if config.text_tokens and number < self.masked:
-                    words[i] = self.shorten(words[i], rng)
         batch = images, boxes, self.tokenizer.encode(words), decoded
-        if torch.utils.data.get_worker_info():
-            # If shared memory runs out, the error reaches the training loop from here. It would not from the
-            # thread that sends the batch, and the loop would wait forever.
-            for x in batch:
-                x.share_memory_()
+        # A worker without room in shared memory fails here; in the thread that sends, it would hang forever.
+        for x in batch if torch.utils.data.get_worker_info() else ():
+            x.share_memory_()
         return *batch, lost, fault
 
     def shorten(self, words, rng):
-        """Without the words that are the first to go, until the rest has at most text_tokens tokens (CLIPF).
-        Those with the highest `noise - chance` stay, in their order."""
+        """The words with the highest `noise - chance`, in order, of text_tokens tokens at most (CLIPF)."""
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
@@ -522,16 +498,12 @@ class Batches(torch.utils.data.Dataset):
         return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
 
 def captions(shard, row):
-    """The captions of an INDEX row, a list of str: the lines of its .txt, or "caption" of its json.
-    ValueError if there is none, or if they are not UTF-8."""
+    """The captions of an INDEX row, a list of str: lines of .txt, "caption" of .json. ValueError if none."""
     raw = read_bytes(shard, row["text"], row["text_size"])
-    try:
-        found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
-        found = json.loads(found)["caption"] if row["json"] else found
-    except UnicodeDecodeError:
-        raise ValueError("caption is not UTF-8") from None
+    try:  # -sig: some editors put a mark before the first line
+        found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no caption in the json") from None
+        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
     lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
     lines = [line for line in lines if isinstance(line, str) and line.strip()]
     if not lines:
@@ -560,30 +532,24 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
                     tar.addfile(member, io.BytesIO(raw))
     return shard + 1
 
-def read_caption_list(path):
-    """Yields (line number, image path, caption) of the lines `image path <TAB> caption` of a text file."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.decode("utf-8-sig", "replace").rstrip("\r\n")
-            image, _, caption = line.partition("\t")
-            if not image or not caption.strip() or line.encode() not in raw:  # then it is not UTF-8
-                what = f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}"
-                raise ValueError(f"{path}, line {number}: {what}")
-            yield number, image, caption
-
 def list_samples(path):
-    """Yields {extension: bytes} for a caption list, whose image paths are relative to its folder. Lines of
-    the same image that follow each other are one sample. ValueError that names a bad line."""
-    for image, lines in groupby(read_caption_list(path), key=lambda line: line[1]):
-        numbers, _, texts = zip(*lines)
-        extension = image.rpartition(".")[2].lower()
-        if extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"{path}, line {numbers[0]}: {image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
-        try:
-            with open(os.path.join(os.path.dirname(path), image), "rb") as file:
-                yield {extension: file.read(), "txt": "\n".join(texts).encode()}
-        except OSError as error:
-            raise ValueError(f"{path}, line {numbers[0]}: {image}: {error.strerror}") from None
+    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative to its
+    folder. Lines of one image that follow each other are one sample. ValueError that names a bad line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for image, lines in groupby(enumerate(file, 1), key=lambda line: line[1].partition("\t")[0]):
+            texts = []
+            try:
+                for number, line in lines:
+                    texts.append(line.partition("\t")[2].rstrip("\r\n"))
+                    if not image or not texts[-1].strip() or re.search("[\udc80-\udcff]", line):  # not UTF-8
+                        raise ValueError(f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}")
+                extension = image.rpartition(".")[2].lower()
+                if extension not in IMAGE_EXTENSIONS:
+                    raise ValueError(f"{image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
+                with open(os.path.join(os.path.dirname(path), image), "rb") as picture:
+                    yield {extension: picture.read(), "txt": "\n".join(texts).encode()}
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {message(error)}") from None
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the
@@ -601,21 +567,20 @@ PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]  # the class
 UNSEEN = list(zip(COLOURS, SHAPES))
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
 
-# Captions. x, y: the objects; r: where x is, seen from y (axis, side, words); b: the background. They often
-# say no more than what is there, because a small model takes far longer to learn shape than colour.
+# Captions; most are short: a small model learns shape late. x, y: objects; r: relation; b: background.
 RELATIONS = ((0, -1, ("left of", "to the left of")), (0, 1, ("right of", "to the right of")),
-             (1, -1, ("above", "over")), (1, 1, ("below", "under")))
+             (1, -1, ("above", "over")), (1, 1, ("below", "under")))  # axis, side of x, words
 BACKGROUNDS = (("plain", ("a plain background", "a flat background")), ("blobs", ("soft blobs", "blobs")),
                ("gradient", ("a gradient", "a smooth gradient")))
-ONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}",
-       "I see {x}", "here is {x}", "just {x}", "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}",
-       "on {b} there is {x}")
+ALONE = ("{x}", "there is {x}", "a picture of {x}", "an image of {x}", "a drawing of {x}", "this is {x}",
+         "I see {x}", "here is {x}", "just {x}")
+ONE = (*ALONE, "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {b} there is {x}")
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
 TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},  # the files of a folder with captions, and with classes
-         "cls": {"classnames.txt": list(map(" ".join, PAIRS)), "zeroshot_classification_templates.txt":
-                 [template.format(x="a {c}") for template in ONE if "{b}" not in template]}}
+         "cls": {"classnames.txt": list(map(" ".join, PAIRS)),
+                 "zeroshot_classification_templates.txt": [text.format(x="a {c}") for text in ALONE]}}
 
 # Shapes have corners (angles in degrees, distances from the center), or are a disc and perhaps a hole in it.
 OUTLINES = {"square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
@@ -654,14 +619,13 @@ def draw_scene(rng, pairs, full=False):
     """(RGB image, caption) of one or two (colour, shape) pairs. full: the caption leaves nothing out."""
     (kind, backgrounds), (axis, side, relations) = pick(rng, BACKGROUNDS), pick(rng, RELATIONS)
     pixels, names, S = draw_background(rng, kind), [], SCENE_SIZE
-    for colour, shape in pairs:
+    for (colour, shape), side in zip(pairs, (side, -side)):
         size, least, most = pick(rng, RADII)
         r = S * rng.uniform(least, most) * (0.62 if len(pairs) == 2 else 1)
         room = S / 2 - r - 1              # how far the center may be from the middle
         center = rng.uniform(-room, room, 2)
         if len(pairs) == 2:               # in a half of its own: at least r from the middle line
             center[axis] = side * rng.uniform(min(r, room), room)
-            side = -side
         cover = draw_shape(shape, *(center + S / 2), r, rng.uniform(-15, 15))
         grain = rng.uniform(-60, 60, (S, S, 1)) + rng.uniform(-15, 15, (S, S, 3))
         pixels = pixels + cover * (COLOURS[colour] + grain - pixels)
