@@ -536,7 +536,8 @@ def list_samples(path):
     """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative to its
     folder. Lines of one image that follow each other are one sample. ValueError that names a bad line."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for image, lines in groupby(enumerate(file, 1), key=lambda line: line[1].partition("\t")[0]):
+        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for image, lines in groupby(numbered, key=lambda line: line[1].partition("\t")[0]):
             texts = []
             try:
                 for number, line in lines:

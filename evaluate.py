@@ -545,7 +545,8 @@ def main():
             raise ValueError(f"{args.checkpoint}: trained without --val; say what to evaluate with --data")
         for folder in folders:  # a slip in the last folder shows before the first one's hour of work
             read_folder(folder)
-        os.makedirs(args.pictures or ".", exist_ok=True)
+        if args.pictures:
+            os.makedirs(args.pictures, exist_ok=True)
         results = {folder: evaluate(model, tokenizer, config, folder, workers=args.workers, probe=args.probe,
                                     pictures=args.pictures) for folder in folders}
         if args.sugarcrepe:

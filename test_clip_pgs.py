@@ -775,7 +775,8 @@ def test_masks_are_shown_of_photographs_of_any_mode_also_with_a_trained_encoder(
     photos = [tmp_path / "palette.png", tmp_path / "cmyk.jpg"]
     for photo, mode in zip(photos, ("P", "CMYK")):
         scene(0).convert(mode).save(photo)
-    for number, more in enumerate((SMALL, *((how, tmp_path / "out" / "ckpt.pt") for how in ("--resume", "--init")))):
+    for number, how in enumerate(("", "--resume", "--init")):
+        more = (how, tmp_path / "out" / "ckpt.pt") if how else SMALL
         command("--show-masks", *photos, *more, "--out", tmp_path / f"{number}")
         # Two rows of photograph, edges, attention and five masks, a line of text below each.
         assert Image.open(tmp_path / f"{number}" / "masks.png").size == (8 * 176, 2 * 191)
@@ -1051,7 +1052,7 @@ def packed(folder, text):
 def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_sample(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.x.PNG").write_bytes(noise_image(i))
-    shards = packed(tmp_path, "\ufeff0.x.PNG\tü 0\n0.x.PNG\tb\n1.x.PNG\t\ufffd\n2.x.PNG\tc\n0.x.PNG\td\n")
+    shards = packed(tmp_path, "\ufeff0.x.PNG\tü 0\n0.x.PNG\tb\n1.x.PNG\t\ufffd\n2.x.PNG\tc\n\n0.x.PNG\td\n")
     index, _ = data.build_index(shards)
     assert contents(shards, index) == (["ü 0\nb", "\ufffd", "c", "d"],
                                        [noise_image(i) for i in (0, 1, 2, 0)])
