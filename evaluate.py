@@ -6,7 +6,7 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Top to bottom: folders, embed, zero-shot, retrieval, probe, SugarCrepe, pictures, weights, evaluate, main.
+Top to bottom: folders, embed, zero-shot, probe, SugarCrepe, pictures, weights, evaluate, main.
 """
 import argparse
 import json
@@ -161,7 +161,7 @@ def gather(model, features, total, rank, world_size):
     return F.normalize(joined, dim=-1)
 
 # -----------------------------------------------------------------------------
-# Zero-shot classification: the class whose sentences are nearest to the image.
+# Zero-shot: the class whose sentences are nearest to an image; the image of a caption, a caption of an image.
 
 def mean(x):
     """The mean of a tensor of counts or truths, as a plain number."""
@@ -180,9 +180,6 @@ def classification_metrics(scores, labels):
     images, hits = labels.bincount(minlength=C), labels[right[:, 0]].bincount(minlength=C)
     return {"acc1": mean(right[:, 0]), "acc5": mean(right.any(1)),
             "mean_per_class_recall": mean((hits / images.double())[images > 0])}  # of classes with an image
-
-# -----------------------------------------------------------------------------
-# Retrieval: find the image of a caption, and a caption of an image.
 
 def nearest(queries, gallery, k=10):
     """(Q, k) indices of the rows of gallery (G, E) nearest to each of queries (Q, E), best first."""
