@@ -156,7 +156,8 @@ def with_spread(values):
 
 def table(options):
     """Prints a row per run: mean and deviation of acc1 over seeds after the last masked epoch and after the
-    whole one, the paired difference to random with its standard error, and acc1 when the fastest run ends."""
+    whole one, the paired difference to random with its standard error, and acc1 when the fastest of the five
+    masks ends."""
     found, times = results(), {}
     if os.path.exists(TIMES):
         with open(TIMES) as file:
@@ -164,7 +165,7 @@ def table(options):
     # A masked epoch costs its row's time, the last one that of `none`, and of two whole images twice that.
     clocks = {name: np.cumsum([time] * 7 + [max(time, 1 + ("--views 2" in ROWS[name]))])
               for name, time in times.items() if found[name]}
-    budget = min((clock[-1] for clock in clocks.values()), default=0) + 1e-6
+    budget = min((clock[-1] for name, clock in clocks.items() if name in FIVE), default=0) + 1e-6
     print("| run | seeds | time | epoch 7 | epoch 8 | minus random | at equal time |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name in filter(found.get, ROWS):
@@ -178,9 +179,10 @@ def table(options):
         done = int((clocks.get(name, np.array([math.inf])) <= budget).sum())
         if done:
             level = f"{np.mean([acc1[done - 1] for acc1 in runs.values()]):.1f} ({done})"
-        cells = [name, len(runs), times.get(name, ""), with_spread(masked), with_spread(whole)]
+        time = f"{times[name]:.2f}" if name in times else ""
+        cells = [name, len(runs), time, with_spread(masked), with_spread(whole)]
         print("| " + " | ".join(map(str, [*cells, difference, level])) + " |")
-    print(f"\nAt equal time: when the fastest run ends, {budget:.1f} epochs of none; in brackets the epoch.")
+    print(f"\nAt equal time: when the fastest of the five ends, {budget:.1f} epochs of none; in brackets the epoch.")
     draw(found)
 
 
