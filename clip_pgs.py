@@ -423,7 +423,8 @@ class VisionTransformer(nn.Module):
         patches = patchify(images, self.patch_size)
         position = resize_positions(self.positional_embedding[1:], patches.shape[1])  # for --ema-size
         if keep is not None:
-            patches, position = patches.take_along_dim(keep[..., None], dim=1), position[keep]
+            patches = patches.take_along_dim(keep[..., None], dim=1)
+            position = F.embedding(keep, position)  # position[keep]'s gradient varies between CPU threads
         return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
 
     def embed(self, images, keep=None):

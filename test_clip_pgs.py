@@ -384,6 +384,17 @@ def test_removed_patches_and_padded_slots_change_neither_the_features_nor_the_gr
     seen = torch.zeros(8, 16).scatter(1, keep, valid.float()).bool()
     assert clip_pgs.patchify(grads[0], 4).any(2).equal(seen)
 
+def test_two_threads_give_the_same_gradients_every_time():
+    torch.set_num_threads(2)
+    clip, images, grads = random_clip(tiny()), noise_images(500), []
+    keep = torch.rand(500, 16, generator=seeded()).argsort(1)[:, :8]
+    for _ in range(5):
+        clip.zero_grad()
+        clip.encode_image(images, keep).square().sum().backward()
+        grads.append(clip.visual.positional_embedding.grad)
+    torch.set_num_threads(1)
+    assert all(grad.equal(grads[0]) for grad in grads)
+
 def test_a_caption_s_feature_depends_on_its_tokens_up_to_the_end_and_on_nothing_after_it():
     clip = random_clip(tiny())
     clip.encode_text(torch.tensor([[598, 1, 2, 3, 599, 7, 0]])).sum().backward()
