@@ -998,7 +998,7 @@ def main():
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
         config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
         if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=0.5))
         return train(config, state, device)
     except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
         return stop.code
