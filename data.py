@@ -201,8 +201,7 @@ WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet r
 def epoch_order(index, seed, epoch):
     """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within WINDOW."""
     rng = np.random.default_rng([seed, epoch])
-    place = rng.permutation(index["shard"].max() + 1)[index["shard"]]     # (N,) the shard's turn
-    order = place.argsort(kind="stable")
+    order = rng.permutation(index["shard"].max() + 1)[index["shard"]].argsort(kind="stable")
     return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
 
 open_shard = lru_cache(maxsize=64)(open)  # files stay open: the next samples come from the same shard
@@ -227,7 +226,7 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"
 
 @contextmanager
 def open_image(raw):
-    """In a `with`: the picture in `raw` bytes, not yet decoded. ValueError with the cause if it can't be."""
+    """In a `with`: the picture in `raw` bytes, not yet decoded. ValueError with the cause if that fails."""
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -235,12 +234,6 @@ def open_image(raw):
         yield image
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ...
         raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
-
-def decode_image(raw):
-    """The picture in `raw` bytes, decoded, in its own mode. ValueError with the cause if it is damaged."""
-    with open_image(raw) as image:
-        image.load()
-        return image
 
 def eight_bits(image):
     """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
@@ -352,14 +345,11 @@ def split_words(text):
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
     return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in WORD.findall(text)]
 
-def join(word, pair):
-    """A word such as " c  a  t</w> ", with each of a pair's places joined: " ca  t</w> "."""
-    return word.replace(" %s  %s " % pair, " %s%s " % pair)
-
 def learn_merges(captions, num_merges, progress=False):
     """Up to `num_merges` BPE merges, 'a b' a line: always the most frequent pair, none that occurs once."""
     captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
     counts = Counter(word for caption in captions for word in split_words(caption))
+    # A word is " c  a  t</w> ": each symbol has spaces of its own, so that split and replace find its pairs.
     words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
     pair_count, holders = Counter(), defaultdict(set)  # of a pair: how often it occurs, numbers of its words
     for number, word in enumerate(words):
@@ -375,15 +365,18 @@ def learn_merges(captions, num_merges, progress=False):
             break
         merges.append(" ".join(pair))
         joined, grown = "".join(pair), set()
-        for number in holders.pop(pair):  # of these words the pairs are counted anew
-            for old in pairwise(words[number].split()):
-                pair_count[old] -= times[number]
-            words[number] = join(words[number], pair)
-            for new in pairwise(words[number].split()):
-                pair_count[new] += times[number]
-                if joined in new:
-                    holders[new].add(number)
-                    grown.add(new)
+        for number in holders.pop(pair):
+            pieces, n = words[number].split(" %s  %s " % pair), times[number]
+            words[number] = f" {joined} ".join(pieces)
+            pair_count[pair] -= n * (len(pieces) - 1)
+            for place, piece in enumerate(pieces):  # only pairs at its ends change; (first, last) cancels out
+                ends = piece.split(None, 1)[:1] + piece.rsplit(None, 1)[-1:]
+                for change, left, right in (-n, pair[1], pair[0]), (n, joined, joined):
+                    for new in pairwise([left] * (place > 0) + ends + [right] * (place < len(pieces) - 1)):
+                        pair_count[new] += change
+                        if joined in new:
+                            holders[new].add(number)
+                            grown.add(new)
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
@@ -420,7 +413,7 @@ class Tokenizer:
             pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf), default=None)
             if pair not in self.rank:
                 return [self.ids[symbol] for symbol in symbols]
-            word = join(word, pair)
+            word = word.replace(" %s  %s " % pair, " %s%s " % pair)
 
     def encode(self, captions):
         """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; cut before <end> if too long."""
@@ -464,7 +457,7 @@ class Batches(torch.utils.data.Dataset):
             rng = np.random.default_rng([config.seed, self.epoch, sample])
             try:
                 texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
-                words[i] = split_words(texts[rng.integers(len(texts))])
+                words[i] = split_words(texts[rng.integers(len(texts))]) if texts else []
                 if not words[i]:
                     raise ValueError("empty caption")
                 with open_image(raw) as image:
@@ -498,17 +491,14 @@ class Batches(torch.utils.data.Dataset):
         return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
 
 def captions(shard, row):
-    """The captions of an INDEX row, a list of str: lines of .txt, "caption" of .json. ValueError if none."""
+    """The captions of an INDEX row, list of str: lines of .txt, "caption" of .json. ValueError if damaged."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:  # -sig: some editors put a mark before the first line
         found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
     lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
-    lines = [line for line in lines if isinstance(line, str) and line.strip()]
-    if not lines:
-        raise ValueError("empty caption")
-    return lines
+    return [line for line in lines if isinstance(line, str) and line.strip()]
 
 def sample_captions(shards, index, limit=100_000):
     """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges from."""
@@ -579,9 +569,9 @@ ONE = (*ALONE, "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
-TEXTS = {"txt": {"dataset_type.txt": ["retrieval"]},  # the files of a folder with captions, and with classes
-         "cls": {"classnames.txt": list(map(" ".join, PAIRS)),
-                 "zeroshot_classification_templates.txt": [text.format(x="a {c}") for text in ALONE]}}
+CLASSES = {"classnames.txt": list(map(" ".join, PAIRS)),
+           "zeroshot_classification_templates.txt": [text.format(x="a {c}") for text in ALONE]}
+FILES = {"seen": CLASSES, "unseen": CLASSES, "retrieval": {"dataset_type.txt": ["retrieval"]}}
 
 # Shapes have corners (angles in degrees, distances from the center), or are a disc and perhaps a hole in it.
 OUTLINES = {"square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
@@ -616,8 +606,19 @@ def draw_shape(shape, x, y, r, turn):
         draw.circle((x + shift * r, y), radius * r, fill)
     return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
-def draw_scene(rng, pairs, full=False):
-    """(RGB image, caption) of one or two (colour, shape) pairs. full: the caption leaves nothing out."""
+def demo_sample(split, index):
+    """{extension: bytes} of scene `index`: jpg, and txt for train and retrieval, cls for seen and unseen."""
+    # The split is part of the seed: no two splits share a random stream, and no test scene is a training one.
+    rng = np.random.default_rng([0, list(SPLITS).index(split), index])
+    full = split == "retrieval"  # two objects, and a caption that leaves nothing out
+    classes = {"seen": SEEN, "unseen": UNSEEN}.get(split)
+    if classes:
+        pairs = [classes[index % len(classes)]]
+    elif full:
+        pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+    else:
+        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
+        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
     (kind, backgrounds), (axis, side, relations) = pick(rng, BACKGROUNDS), pick(rng, RELATIONS)
     pixels, names, S = draw_background(rng, kind), [], SCENE_SIZE
     for (colour, shape), side in zip(pairs, (side, -side)):
@@ -633,44 +634,26 @@ def draw_scene(rng, pairs, full=False):
         names.append(f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}")
     template = pick(rng, FULL if full else (ONE, TWO)[len(pairs) - 1])
     caption = template.format(x=names[0], y=names[-1], r=pick(rng, relations), b=pick(rng, backgrounds))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), caption
-
-def demo_sample(split, index):
-    """(JPEG bytes, caption) of scene `index` of train or retrieval, (JPEG bytes, label) of seen or unseen."""
-    # The split is part of the seed: no two splits share a random stream, and no test scene is a training one.
-    rng = np.random.default_rng([0, list(SPLITS).index(split), index])
-    classes = {"seen": SEEN, "unseen": UNSEEN}.get(split)
-    if classes:
-        pairs = [classes[index % len(classes)]]
-    elif split == "retrieval":
-        pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
-    else:
-        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
-        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
-    image, caption = draw_scene(rng, pairs, full=split == "retrieval")
     jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=90)
-    return jpeg.getvalue(), PAIRS.index(pairs[0]) if classes else caption
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
+    extension, text = ("cls", str(PAIRS.index(pairs[0]))) if classes else ("txt", caption)
+    return {"jpg": jpeg.getvalue(), extension: text.encode()}
 
 def make_demo(folder):
     """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it is there."""
     if os.path.isdir(folder):
         return
     for split, number in SPLITS.items():
-        kind, target = "cls" if split in ("seen", "unseen") else "txt", f"{folder}.part/{split}"
-        scenes = (demo_sample(split, i) for i in tqdm(range(number), f"drawing demo/{split}", unit=" scenes"))
-        samples = ({"jpg": jpeg, kind: str(text).encode()} for jpeg, text in scenes)
+        target, bar = f"{folder}.part/{split}", tqdm(range(number), f"drawing demo/{split}", unit=" scenes")
+        samples = (demo_sample(split, i) for i in bar)
         if split == "train":
             write_shards(target, samples)
             continue
-        texts = {"test/nshards.txt": [write_shards(f"{target}/test", samples, name="{}.tar")], **TEXTS[kind]}
-        for name, lines in texts.items():
+        shards = write_shards(f"{target}/test", samples, name="{}.tar")
+        for name, lines in {"test/nshards.txt": [shards], **FILES[split]}.items():
             with open(f"{target}/{name}", "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
     os.replace(folder + ".part", folder)  # under its name only when whole
-
-# -----------------------------------------------------------------------------
-# Main.
 
 def main():
     """The commands `pack` and `demo`."""
@@ -679,19 +662,16 @@ def main():
     pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
     pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
     pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
-    pack.add_argument("--shard-size", type=int, default=10_000, help="samples per shard (default: 10000)")
     commands.add_parser("demo", help="draw the demo data set").add_argument("out", help="folder to make")
     options = parser.parse_args()
     try:
         if options.command == "demo":
             make_demo(options.out)
-        elif options.shard_size < 1:
-            raise ValueError(f"--shard-size {options.shard_size}: must be at least 1")
         elif glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
             raise ValueError(f"{options.out}: holds shards already; name another folder")
         else:
             samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
-            print(f"wrote {write_shards(options.out, samples, options.shard_size)} shards to {options.out}")
+            print(f"wrote {write_shards(options.out, samples, 10_000)} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"error: {message(error)}")
 

@@ -6,7 +6,7 @@
     python evaluate.py out/ckpt.pt --sugarcrepe sugar-crepe/data --images coco/val2017
     python evaluate.py --curves out/*/log.jsonl                  losses and metrics of runs in one picture
 
-Top to bottom: folders, embed, zero-shot, probe, SugarCrepe, pictures, weights, evaluate, main.
+Top to bottom: folders, embed, zero-shot, probe, pictures, weights, evaluate, main.
 """
 import argparse
 import json
@@ -117,9 +117,9 @@ def read_image(sample, size, upright=False):
     try:
         with open(sample.path, "rb") as file:  # not data.read_bytes, whose files another thread might close
             file.seek(sample.offset)
-            image = data.decode_image(file.read(sample.size))
-        image = data.to_rgb(data.upright(image)) if upright else data.eight_bits(image).convert("RGB")
-        return resize_and_crop(image, size)
+            with data.open_image(file.read(sample.size)) as image:
+                image = data.to_rgb(data.upright(image)) if upright else data.eight_bits(image).convert("RGB")
+                return resize_and_crop(image, size)
     except (ValueError, OSError) as error:
         cause = getattr(error, "strerror", None) or error
         raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
@@ -161,7 +161,8 @@ def gather(model, features, total, rank, world_size):
     return F.normalize(joined, dim=-1)
 
 # -----------------------------------------------------------------------------
-# Zero-shot: the class whose sentences are nearest to an image; the image of a caption, a caption of an image.
+# Zero-shot: the class whose sentences are nearest to an image; the image of a caption, a caption of an image;
+# SugarCrepe (Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
 
 def mean(x):
     """The mean of a tensor of counts or truths, as a plain number."""
@@ -194,6 +195,29 @@ def retrieval_metrics(image_features, text_features, image_of_text):
     texts = texts == torch.arange(len(image_features), device=texts.device)[:, None]
     return {f"{name}_retrieval_recall@{k}": mean(right[:, :k].any(1))
             for name, right in (("image", images), ("text", texts)) for k in (1, 5, 10)}
+
+SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
+
+def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
+    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
+    questions, results = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}, {}
+    names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
+    samples = [Sample(f"{images}/{name}") for name in names]
+    features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
+    for kind, (asked, *texts) in questions.items():
+        image = torch.stack([features[name] for name in asked])                  # (N, E)
+        right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
+        results[kind] = mean(right > wrong)
+    for kind in ("replace", "swap", "add"):
+        results[kind] = float(np.mean([acc for name, acc in results.items() if name.startswith(kind)]))
+    return {f"sugar_crepe/{kind}": {"acc": acc} for kind, acc in results.items()}
+
+def read_questions(path):
+    """[images' file names, captions, negative captions] of one of SugarCrepe's json files."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        if rows := json.loads(Path(path).read_bytes()).values():
+            return [[row[key] for row in rows] for key in ("filename", "caption", "negative_caption")]
+    raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
 
 # -----------------------------------------------------------------------------
 # Linear probe: how well a linear classifier does on the frozen image features.
@@ -233,32 +257,6 @@ def linear_probe(train_features, train_labels, test_features, test_labels, num_c
     return accuracy(weights, test_features, test_labels), C, known[C]
 
 # -----------------------------------------------------------------------------
-# Compositionality (SugarCrepe, Hsieh et al., NeurIPS 2023): is the true caption nearer than an altered one?
-
-SUGARCREPE = "replace_obj replace_att replace_rel swap_obj swap_att add_obj add_att".split()
-
-def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
-    """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: COCO's val2017."""
-    questions, results = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}, {}
-    names = sorted({name for asked, *_ in questions.values() for name in asked})  # each is encoded once
-    samples = [Sample(f"{images}/{name}") for name in names]
-    features = dict(zip(names, embed_images(model, samples, config, workers=workers, name="sugar_crepe")))
-    for kind, (asked, *texts) in questions.items():
-        image = torch.stack([features[name] for name in asked])                  # (N, E)
-        right, wrong = ((image * embed_texts(model, tokenizer, text)).sum(1) for text in texts)
-        results[kind] = mean(right > wrong)
-    for kind in ("replace", "swap", "add"):
-        results[kind] = float(np.mean([acc for name, acc in results.items() if name.startswith(kind)]))
-    return {f"sugar_crepe/{kind}": {"acc": acc} for kind, acc in results.items()}
-
-def read_questions(path):
-    """[images' file names, captions, negative captions] of one of SugarCrepe's json files."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        if rows := json.loads(Path(path).read_bytes()).values():
-            return [[row[key] for row in rows] for key in ("filename", "caption", "negative_caption")]
-    raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
-
-# -----------------------------------------------------------------------------
 # Pictures: sheets of masks, of what was found, of mistakes; curves of runs.
 
 TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line of text
@@ -294,10 +292,9 @@ def masked(images, keep, valid, patch_size):
 
 def draw_masks(path, images, keep, valid, patch_size):
     """Writes a PNG of images (B, 3, H, H) uint8 and, below, of what the masks of the first view leave."""
-    rows = [images]
-    if keep is not None:
-        rows.append(masked(images, keep[0], valid if valid is None else valid[0], patch_size))
-    sheet(path, [(picture, "") for picture in torch.cat(rows)], len(images))
+    valid = None if valid is None else valid[0]
+    left = images if keep is None else masked(images, keep[0], valid, patch_size)
+    sheet(path, [(picture, "") for picture in torch.cat([images, left])], len(images))
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
     """Ten captions, evenly spread, each with its image and the five nearest ones; the right one is framed."""
@@ -311,12 +308,10 @@ def draw_retrieval(path, samples, captions, image_of_text, images, texts):
 def draw_mistakes(path, folder, scores, labels):
     """Up to twenty mistakes, those in which the wrong class leads the true one by most, with both names."""
     lead = scores.max(1).values - scores.gather(1, labels[:, None])[:, 0]
-    names, tiles = folder.classnames, []
-    for i in lead.topk(min(20, int((lead > 0).sum()))).indices.tolist():
-        text = f"predicted: {names[scores[i].argmax()]:.20}\ntrue: {names[labels[i]]:.20}"
-        tiles.append((read_image(folder.samples[i], TILE), text))
-    if tiles:  # a perfect score leaves nothing to draw
-        sheet(path, tiles, 5)
+    names, worst = folder.classnames, lead.topk(min(20, int((lead > 0).sum()))).indices.tolist()
+    texts = [f"predicted: {names[scores[i].argmax()]:.20}\ntrue: {names[labels[i]]:.20}" for i in worst]
+    if worst:  # a perfect score leaves nothing to draw
+        sheet(path, [(read_image(folder.samples[i], TILE), text) for i, text in zip(worst, texts)], 5)
 
 def read_log(path):
     """The records of a log.jsonl; damaged lines are dropped with a warning."""
@@ -354,7 +349,7 @@ def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' log.jsonl; returns {run: its last metrics}."""
     panels, last = defaultdict(list), {}
     for log, color in zip(logs, cycle(COLORS)):
-        curves, metrics = defaultdict(list), {}
+        curves, metrics = defaultdict(list), last.setdefault(os.path.dirname(log) or log, {})
         for record in read_log(log):
             curves["loss over steps"].append((record["step"], record["loss"]))
             for title, value in first_metrics(record.get("eval", {})).items():
@@ -367,7 +362,6 @@ def draw_curves(path, logs):
             window = max(1, len(x) // 40)  # of the moving average, with the values themselves pale behind it
             smooth = np.convolve(y, np.ones(window) / window, "valid")
             panels[title] += [(color + "50", x, y), (color, x[window - 1:], smooth)]
-        last[os.path.dirname(log) or log] = metrics
     image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
     draw = ImageDraw.Draw(image, "RGBA")  # the last two digits of a pale color are its alpha
     for left, title in zip(count(0, 420), panels):
@@ -474,7 +468,6 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         if pictures:
             draw_retrieval(f"{pictures}/{name}.png", this.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=images.device))
-
     classes = class_features(model, tokenizer, this.classnames, this.templates, rank, world_size)
     scores, labels = images @ classes.T, torch.tensor(this.targets, device=images.device)
     metrics = classification_metrics(scores, labels)
@@ -540,10 +533,9 @@ def main():
         folders = args.data or (() if args.sugarcrepe else config.val)
         if not folders and not args.sugarcrepe:
             raise ValueError(f"{args.checkpoint}: trained without --val; say what to evaluate with --data")
+        os.makedirs(args.pictures or ".", exist_ok=True)
         for folder in folders:  # a slip in the last folder shows before the first one's hour of work
             read_folder(folder)
-        if args.pictures:
-            os.makedirs(args.pictures, exist_ok=True)
         results = {folder: evaluate(model, tokenizer, config, folder, workers=args.workers, probe=args.probe,
                                     pictures=args.pictures) for folder in folders}
         if args.sugarcrepe:

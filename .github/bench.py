@@ -164,7 +164,8 @@ def bench_data(options):
             raw = data.read_bytes(shard, row["image"], row["image_size"])
             caption = data.captions(shard, row)[0]
             read = time.perf_counter()
-            image = data.decode_image(raw)
+            with data.open_image(raw) as image:
+                image.load()
             decoded = time.perf_counter()
             data.crops(image, data.random_box(*image.size, (0.9, 1.0), rng)[None], options.image_size)
             augmented = time.perf_counter()
@@ -185,9 +186,8 @@ def bench_masks(options):
     shards, config = data.expand(options.shards), clip_pgs.Config()
     index, _ = data.build_index(shards)
     index = index[::max(1, len(index) // options.images)][:options.images]
-    raws = [data.read_bytes(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
-    pictures = [evaluate.resize_and_crop(data.to_rgb(data.decode_image(raw)), 224) for raw in raws]
-    images = data.normalize(torch.stack(pictures))
+    samples = [evaluate.Sample(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
+    images = data.normalize(torch.stack([evaluate.read_image(sample, 224) for sample in samples]))
     torch.manual_seed(0)
     visual, edges = clip_pgs.CLIP(config).visual, clip_pgs.sobel_edges(images)
     noises = torch.rand(2, len(images), 197, generator=torch.Generator().manual_seed(0))
