@@ -201,7 +201,7 @@ WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet r
 def epoch_order(index, seed, epoch):
     """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within WINDOW."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(index["shard"].max() + 1)[index["shard"]].argsort(kind="stable")
+    order = rng.permutation(index["shard"].max() + 1)[index["shard"]].argsort(kind="stable")  # shards' turns
     return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
 
 open_shard = lru_cache(maxsize=64)(open)  # files stay open: the next samples come from the same shard
@@ -368,15 +368,15 @@ def learn_merges(captions, num_merges, progress=False):
         for number in holders.pop(pair):
             pieces, n = words[number].split(" %s  %s " % pair), times[number]
             words[number] = f" {joined} ".join(pieces)
-            pair_count[pair] -= n * (len(pieces) - 1)
-            for place, piece in enumerate(pieces):  # only pairs at its ends change; (first, last) cancels out
+            # Pairs change at a piece's ends alone. (first, last), which may be no pair, goes and comes back.
+            for place, piece in enumerate(pieces):
                 ends = piece.split(None, 1)[:1] + piece.rsplit(None, 1)[-1:]
                 for change, left, right in (-n, pair[1], pair[0]), (n, joined, joined):
-                    for new in pairwise([left] * (place > 0) + ends + [right] * (place < len(pieces) - 1)):
-                        pair_count[new] += change
-                        if joined in new:
-                            holders[new].add(number)
-                            grown.add(new)
+                    for near in pairwise([left] * (place > 0) + ends + [right] * (place < len(pieces) - 1)):
+                        pair_count[near] += change
+                        if joined in near:
+                            holders[near].add(number)
+                            grown.add(near)
         for new in grown:
             heapq.heappush(heap, (-pair_count[new], new))
     return "\n".join(merges)
@@ -491,7 +491,7 @@ class Batches(torch.utils.data.Dataset):
         return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
 
 def captions(shard, row):
-    """The captions of an INDEX row, list of str: lines of .txt, "caption" of .json. ValueError if damaged."""
+    """A list of str, maybe empty: lines of a row's .txt, or its json's "caption". ValueError if damaged."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:  # -sig: some editors put a mark before the first line
         found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
@@ -569,7 +569,7 @@ ONE = (*ALONE, "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
-CLASSES = {"classnames.txt": list(map(" ".join, PAIRS)),
+CLASSES = {"classnames.txt": list(map(" ".join, PAIRS)),  # beside the shards: {text file: its lines}
            "zeroshot_classification_templates.txt": [text.format(x="a {c}") for text in ALONE]}
 FILES = {"seen": CLASSES, "unseen": CLASSES, "retrieval": {"dataset_type.txt": ["retrieval"]}}
 
