@@ -68,7 +68,7 @@ class Config:
     quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
     # mask
     mask: str = knob("pgs", "patches to remove: none, random, center, cluster, attentive or pgs")
-    ratio: tuple = knob((0.5,), "share of patches removed; two numbers: each image decides in between")
+    ratio: tuple = knob((0.5,), "share of patches removed; two: each image decides in between (cluster, attentive, pgs)")
     edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
     embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP)")
@@ -98,7 +98,7 @@ class Config:
     precision: str = knob("", "bf16 or fp32; without it, bf16 on a GPU that has it, else fp32")
     grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
     compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
-    show_masks: tuple = knob((), "photographs: draw what every mask leaves to masks.png in --out, then stop")
+    show_masks: tuple = knob((), "photographs: draw masks.png and steps.png (how pgs chose) to --out, then stop")
 
 # Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide. B and L
 # are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
@@ -142,18 +142,21 @@ def check(config):
 # Masks. Each answers one question: which patches does the encoder get to see? pgs goes through five steps:
 #
 #     sobel_edges         how much changes inside each patch?
-#     pgs_candidates      a few patches, by chance and rather those without edges, are proposed for removal
+#     pgs_candidates      a few patches are proposed for removal, by chance, and flat ones more often
 #     patch_similarity    how alike are every two patches?
 #     balance             optimal transport: a patch with many twins becomes less alike to each of them
-#     remove              the patches most similar to a candidate go
+#     remove              the patches that are similar to a candidate go, by chance, as many as --ratio says
 #
-# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask.
+# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask,
+# above that of cluster.
 # Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an
 # embedding, T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
+COUNTING = ("cluster", "attentive", "pgs")  # they find how many patches could go, so `ratio` may be a range
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
+SIMILAR = 0.5      # from here on a patch counts as similar to a candidate; `target_mask_ratio` in both releases
 EPS = 0.05         # of optimal transport: the smaller, the more mass stays with the nearest twins (ours)
 
 def check_mask(name, ratio):
@@ -162,23 +165,28 @@ def check_mask(name, ratio):
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
         raise ValueError(f"--ratio {ratio}: must be a share, at least 0 and below 1, or two, low then high")
+    if len(ratio) == 2 and name not in ("none", *COUNTING):
+        raise ValueError(f"--ratio {ratio[0]} {ratio[1]}: --mask {name} takes one share; a range is for "
+                         f"{', '.join(COUNTING)}, which find out how many patches of an image could go")
 
 def patchify(images, patch_size):
     """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a bad P."""
-    (B, C, H, W), P = images.shape, patch_size
+    B, C, H, W = images.shape
+    P = patch_size
     if H % P or W % P:
         raise ValueError(f"--patch-size {P}: does not divide images of {H}x{W}")
-    patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
-    return patches.reshape(B, H // P * (W // P), C * P * P)
+    patches = images.reshape(B, C, H // P, P, W // P, P)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)           # (B, H/P, W/P, C, P, P)
+    return patches.reshape(B, -1, C * P * P)
 
 def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
     Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros.
     ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection (see the README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
+    weights = weights.view(3, 1, 1).to(images, non_blocking=True)
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([kernel_x, kernel_x.T])[:, None]                  # (2, 1, 3, 3)
-    weights, kernels = (x.to(images, non_blocking=True) for x in (weights.view(3, 1, 1), kernels))
+    kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images, non_blocking=True)  # (2, 1, 3, 3)
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
     # We subtract the first pixel: a flat image then gives exactly zero, not noise for the scaling to blow up.
     luminance = luminance - luminance[..., :1, :1]
@@ -190,13 +198,16 @@ def sobel_edges(images, patch_size=16):
 
 def pgs_candidates(edges, noise):
     """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS, generation).
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches often, outlines rarely."""
-    return (noise - edges).topk(max(1, round(CANDIDATES * noise.shape[1]))).indices
+    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches often, outlines rarely.
+    A candidate has no privilege later: it counts as similar because it is similar to itself."""
+    L = noise.shape[1]
+    return (noise - edges).topk(max(1, round(CANDIDATES * L))).indices
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
     The cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not matter).
-    With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings."""
+    With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings. In a run, alpha
+    is the share of the steps that are done: it grows linearly (ours; the releases: epoch / 32)."""
     def cosines(x):
         z = F.normalize(x, dim=-1)                        # (B, L, D)
         return z @ z.transpose(1, 2)                      # (B, L, L)
@@ -210,18 +221,23 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
         return S
     return (1 - alpha) * S + alpha * cosines(embeddings.float())
 
-def balance(similarity, eps=EPS, iterations=20):
-    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
-    T is the doubly stochastic matrix of `sinkhorn`: to rank by S' is to rank by T. It has the form
-    T = diag(u) K diag(u), K = exp((S - 1) / eps), u * (K u) = 1, so that S' = S + eps * (log u_i + log u_j).
+def sinkhorn_scaling(similarity, eps=EPS, iterations=20):
+    """log u (B, L, 1) of the scaling u that makes T = diag(u) K diag(u) doubly stochastic, where
+    K = exp((S - 1) / eps) of a symmetric S (B, L, L) in [-1, 1]. Rows sum to 1 when u * (K u) = 1.
     Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
     and 1 / (K u): near the answer it at least halves the error, as K of cosines is positive semi-definite."""
-    similarity = similarity.float()
-    kernel = ((similarity - 1) / eps).exp()               # (B, L, L) between exp(-2 / eps) and 1: never 0
+    kernel = ((similarity.float() - 1) / eps).exp()       # (B, L, L) between exp(-2 / eps) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
     for _ in range(iterations):
         u = (u / (kernel @ u)).sqrt()
-    return similarity + eps * (u.log() + u.log().transpose(-1, -2))
+    return u.log()
+
+def balance(similarity, eps=EPS, iterations=20):
+    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
+    T is `sinkhorn`'s matrix, so to compare by S' is to compare by T. The formula for T gives, without the
+    detour through T: S' = S + eps * (log u_i + log u_j)."""
+    log_u = sinkhorn_scaling(similarity, eps, iterations)
+    return similarity.float() + eps * (log_u + log_u.transpose(1, 2))
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
     """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L); float32.
@@ -234,73 +250,77 @@ def pgs_score(similarity, candidates, transport=True):
     similarity (B, L, L), candidates (B, C). Without balance, one large area can take all that goes."""
     if transport:
         similarity = balance(similarity)
-    return similarity.take_along_dim(candidates[..., None], dim=1).amax(1)
+    rows = similarity.take_along_dim(candidates[..., None], dim=1)  # (B, C, L), the candidates' rows
+    return rows.amax(1)
 
 def block_mean(x, rows, columns):
     """(B, L) -> (B, L): the mean of each patch's block of 2x2; x itself if a side of the grid is odd."""
     if rows % 2 or columns % 2:
         return x
-    blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)                     # (B, 1, rows / 2, columns / 2)
+    blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)          # (B, 1, rows / 2, columns / 2)
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
-def remove(score, ratio, noise, counted=None, share=None):
-    """Removes the patches with the highest score (B, L): keep (B, K) sorted, valid (B, K) bool or None.
-    The number is that of scores, or of `counted` (B, L), above 0.5, clamped to the range `ratio`; with share
-    (B,) in [0, 1), it lies that far in the range. Of equal scores, the highest noise (B, L) goes first."""
-    L = score.shape[1]
-    low, high = (min(round(end * L), L - 1) for end in (ratio[0], ratio[-1]))  # one patch always stays
-    count = ((score if counted is None else counted) > 0.5).sum(1).clamp(low, high)
-    if share is not None:
-        count = low + (share * (high - low + 1)).long()
-    order = (score.double() + 1e-5 * noise).argsort(1, descending=True)        # float64: noise must part ties
-    rank = order.argsort(1)                                                    # (B, L) 0: the first to go
-    removed = (rank < count[:, None]).byte()
-    # A stable sort of zeros and ones: the kept patches in their order, then the removed ones. K is the most
-    # that the ratio allows: for the batch's own maximum, the CPU would have to wait for the GPU.
-    keep = removed.argsort(dim=1, stable=True)[:, :L - low]                    # (B, K)
-    valid = torch.arange(L - low, device=score.device) < (L - count)[:, None]
-    return keep, valid if low < high else None
+def remove(priority, ratio, count=None):
+    """Removes the patches of the highest priority (B, L): keep (B, K) int64, valid (B, K) bool or None.
+    With one ratio all images lose that share. With a range they lose `count` (B,), or the end of the range
+    that is nearest. keep is in no special order: each patch takes its position with it. Valid slots of `keep`
+    come first; the others hold removed patches, and only fill up the row."""
+    L = priority.shape[1]
+    low = min(round(ratio[0] * L), L - 1)           # one patch always stays
+    high = min(round(ratio[-1] * L), L - 1)
+    order = priority.argsort(dim=1, stable=True)    # (B, L) lowest first: these stay longest
+    # K is the most that the ratio allows: for the batch's own maximum, the CPU would wait for the GPU.
+    keep = order[:, :L - low]                       # (B, K)
+    if low == high:
+        return keep, None
+    num_kept = L - count.clamp(low, high)           # (B,)
+    valid = torch.arange(L - low, device=keep.device) < num_kept[:, None]
+    return keep, valid
 
 @torch.no_grad()
 def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
               attention=None, edges=True, transport=True):
-    """The patches that the encoder sees: keep (B, K) sorted indices, valid (B, K) bool or None if all are.
-    name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,) exactly, or
-    (low, high), chosen per image; then K is the most that any image may keep, and valid slots come first.
-    noise: (B, L + 1) uniform in [0, 1), else drawn from generator. cluster and pgs compare pixels and, by the
-    share alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask does not
-    depend on the other images of the batch. ValueError for an unknown name or ratio."""
+    """The patches that the encoder sees: keep (B, K) indices, valid (B, K) bool or None if all are, see
+    `remove`. name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,)
+    exactly, or for one of COUNTING (low, high), decided per image. noise: (B, 2, L) uniform in [0, 1), else
+    drawn from generator: the first half says who is proposed, the second who of the similar patches goes.
+    cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see `patch_tokens`;
+    attentive needs attention (B, L). A mask does not depend on the other images of the batch. ValueError for
+    an unknown name or ratio."""
     check_mask(name, ratio)
-    B, grid = len(images), (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    L = grid[0] * grid[1]
+    B = len(images)
+    rows = images.shape[2] // patch_size
+    columns = images.shape[3] // patch_size
+    L = rows * columns
     if name == "none":
         return torch.arange(L, device=images.device).expand(B, L), None
     if noise is None:
-        noise = torch.rand(B, L + 1, generator=generator, device=images.device)
-    noise, share = noise[:, :L], noise[:, L]  # share: for masks without scores to count
+        noise = torch.rand(B, 2, L, generator=generator, device=images.device)
+    proposal, choice = noise.unbind(1)              # (B, L) each
 
-    with torch.autocast(images.device.type, enabled=False):  # ranks and exp(20 S) need float32
+    with torch.autocast(images.device.type, enabled=False):  # exp(20 S) needs float32
         if name == "random":  # FLIP, Li et al., CVPR 2023
-            return remove(noise, ratio, noise, share=share)
+            return remove(choice, ratio)
         if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
-            y, x = (torch.linspace(-1, 1, side, device=noise.device) for side in grid)
-            density = (-(y[:, None] ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)      # 0.80 in the middle
-            return remove(-noise - density.flatten(), ratio, noise, share=share)
-        if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023
-            # Patches of a block go together. A score above 0.5: less than an even share of the attention.
-            score = 1 / (1 + block_mean(attention, *grid) / attention.mean(1, keepdim=True))
-            return remove(score, ratio, block_mean(noise, *grid))
+            y = torch.linspace(-1, 1, rows, device=noise.device)[:, None]
+            x = torch.linspace(-1, 1, columns, device=noise.device)
+            density = (-(y ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)  # (rows, columns), 0.80 in the middle
+            return remove(choice - density.flatten(), ratio)
+        if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023; the patches of a block go together
+            blocks = block_mean(attention, rows, columns)
+            count = (blocks < attention.mean(1, keepdim=True)).sum(1)  # less than an even share: could go
+            return remove(-blocks, ratio, count)
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
-            chosen, transport = noise.topk(max(1, round(ANCHORS * L))).indices, False  # (B, C)
-        else:
-            strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(noise)
-            chosen = pgs_candidates(strength, noise)
+            candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, C)
+            transport = False                       # E-CLIP has none
+        else:                  # CLIP-PGS
+            strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(proposal)
+            candidates = pgs_candidates(strength, proposal)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
-        score = counted = pgs_score(similarity, chosen, transport)
-        # Pixels alone say how many go: trained embeddings are so alike that it would nearly always be `high`.
-        if len(ratio) == 2 and embeddings is not None and alpha > 0:
-            counted = pgs_score(patch_similarity(images, patch_size), chosen, transport)
-        return remove(score, ratio, noise, counted)
+        similar = pgs_score(similarity, candidates, transport) > SIMILAR  # (B, L)
+        # Similar patches go first, and chance decides among them, as in both releases. If they are too few,
+        # chance fills up with others. To remove the most similar ones would give nearly the same mask each time.
+        return remove(similar + choice, ratio, similar.sum(1))
 
 # -----------------------------------------------------------------------------
 # Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
@@ -611,13 +631,13 @@ def learning_rate(step, total_steps, peak, warmup):
 # One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
 
 def step_noise(config, step, global_batch, device):
-    """This rank's part of the mask noise: (V, B, L + 1), uniform in [0, 1), from the run's seed and the step.
+    """This rank's part of the mask noise: (V, B, 2, L), uniform in [0, 1), from the run's seed and the step.
     Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor on --accum."""
     (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.rand(config.views, global_batch, L + 1, generator=generator, device=device)
-    return noise.chunk(world_size, dim=1)[rank]
+    noise = torch.rand(global_batch, config.views, 2, L, generator=generator, device=device)
+    return noise.chunk(world_size)[rank].transpose(0, 1)
 
 def autocast(config, device):
     """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
@@ -642,7 +662,7 @@ def teach(config, ema, images, boxes):
 
 @torch.no_grad()
 def batch_masks(config, visual, attention, images, noise, alpha):
-    """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, L + 1)."""
+    """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, 2, L)."""
     masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
     with autocast(config, images.device):
         for part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
@@ -922,27 +942,56 @@ def train(config, state, device):
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
 
+def pgs_tiles(config, images, pixels, noise, embeddings, alpha):
+    """[(picture, text)]: the steps by which pgs chooses the patches of one image, (1, 3, H, W) as for the
+    model and as uint8 pixels, by the functions that training calls."""
+    P, size = config.patch_size, config.image_size
+    edges = sobel_edges(images, P)                                     # (1, L)
+    candidates = pgs_candidates(edges if config.edges else torch.zeros_like(edges), noise[:, 0])
+    similarity = patch_similarity(images, P, embeddings, alpha)        # (1, L, L)
+    score = pgs_score(similarity, candidates, config.transport)        # (1, L)
+    return [(pixels[0], "photograph"),
+            (evaluate.heat_map(edges, size), "1 edges"),
+            (evaluate.frame_patches(pixels[0], candidates[0], P), "2 candidates"),
+            (evaluate.heat_map(score.clamp(min=0), size), "3, 4 similarity"),
+            (evaluate.heat_map((score > SIMILAR).float(), size), f"{(score > SIMILAR).sum()} are similar")]
+
 def show_masks(config, state):
-    """Writes masks.png to --out: a row per photograph, its edges, attention and what each mask keeps of it.
-    With the checkpoint `state` of --resume, embeddings and attention are those of its encoder."""
-    clip, tiles, P = build(config, state, "cpu")[0], [], config.patch_size
-    clip.visual.load_state_dict(state.get("ema") or clip.visual.state_dict())
+    """Writes two pictures to --out, each with a row per photograph: masks.png, what every mask keeps of it,
+    and steps.png, how pgs chose. With the checkpoint `state` of --resume, the encoder is a trained one."""
+    clip = build(config, state, "cpu")[0]
+    if state.get("ema"):
+        clip.visual.load_state_dict(state["ema"])
+    size, P, alpha = config.image_size, config.patch_size, state.get("progress", 0.0)
+    names = [name for name in MASKS if name != "none" and (len(config.ratio) == 1 or name in COUNTING)]
     generator = torch.Generator().manual_seed(config.seed)
+    masks, steps = [], []
     for path in config.show_masks:
-        pixels = evaluate.read_image(evaluate.Sample(path), config.image_size, upright=True)[None]
-        images = data.normalize(pixels)                                                 # (1, 3, H, W)
-        (attention, _), edges = class_attention(clip.visual, images, config.ema_size), sobel_edges(images, P)
+        pixels = evaluate.read_image(evaluate.Sample(path), size, upright=True)[None]
+        images = data.normalize(pixels)                                # (1, 3, H, W)
+        attention, _ = class_attention(clip.visual, images, config.ema_size)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
-        tiles += [(pixels[0], "photograph"), (evaluate.heat_map(edges, config.image_size), "Sobel edges"),
-                  (evaluate.heat_map(attention, config.image_size), "class attention")]
-        for name in MASKS[1:]:
-            mask = make_mask(name, images, config.ratio, generator, patch_size=P, attention=attention,
-                             embeddings=embeddings, alpha=state.get("progress", 0.0), edges=config.edges,
-                             transport=config.transport)
-            tiles.append((evaluate.masked(pixels, *mask, P)[0], name))
+        masks.append((pixels[0], "photograph"))
+        masks.append((evaluate.heat_map(sobel_edges(images, P), size), "Sobel edges"))
+        masks.append((evaluate.heat_map(attention, size), "class attention"))
+        for name in names:
+            noise = torch.rand(1, 2, (size // P) ** 2, generator=generator)
+            keep, valid = make_mask(name, images, config.ratio, patch_size=P, noise=noise, alpha=alpha,
+                                    embeddings=embeddings, attention=attention, edges=config.edges,
+                                    transport=config.transport)
+            picture = evaluate.masked(pixels, keep, valid, P)[0]
+            masks.append((picture, name))
+            if name == "pgs":
+                steps += pgs_tiles(config, images, pixels, noise, embeddings, alpha)
+                steps.append((picture, "5 what stays"))
     os.makedirs(config.out, exist_ok=True)
-    evaluate.sheet(f"{config.out}/masks.png", tiles, columns=len(tiles) // len(config.show_masks))
-    print(f"wrote {config.out}/masks.png" + ("" if state else "; the encoder is untrained, see --resume"))
+    evaluate.sheet(f"{config.out}/masks.png", masks, columns=3 + len(names))
+    evaluate.sheet(f"{config.out}/steps.png", steps, columns=6)
+    if len(config.ratio) == 2:
+        print("random and center are left out: they take one --ratio, not a range")
+    if not state:
+        print("the encoder is untrained; --resume shows a trained one")
+    print(f"wrote {config.out}/masks.png, and how pgs chose: {config.out}/steps.png")
 
 def parse(arguments):
     """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the

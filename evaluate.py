@@ -283,6 +283,16 @@ def heat_map(patches, side):
     shades = 255 * (patches / patches.max().clamp(min=1e-12)).view(1, 1, grid, grid)
     return F.interpolate(shades, (side, side))[0].byte().expand(3, -1, -1)
 
+def frame_patches(image, patches, patch_size):
+    """The image (3, H, H) uint8 with a green frame around each of the patches, (N,) indices."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    draw = ImageDraw.Draw(picture)
+    for patch in patches.tolist():
+        row, column = divmod(patch, image.shape[-1] // patch_size)
+        x, y = column * patch_size, row * patch_size
+        draw.rectangle((x, y, x + patch_size - 1, y + patch_size - 1), outline="lime", width=patch_size // 8)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
 def masked(images, keep, valid, patch_size):
     """images (B, 3, H, H) uint8 with the removed patches grey; keep, valid as of `clip_pgs.make_mask`."""
     B, grid = len(images), images.shape[-1] // patch_size

@@ -2,7 +2,7 @@
 
     python .github/bench.py step                  what a training step costs under each mask
     python .github/bench.py data SHARDS           images that a core reads, decodes and augments per second
-    python .github/bench.py masks SHARDS          what each part of pgs does to the masks of photographs
+    python .github/bench.py masks SHARDS          what each part of pgs changes, and how much masks vary
     python .github/bench.py open_clip step SHARD  a training step and open_clip's, in turns
     python .github/bench.py open_clip data SHARD --vocab bpe_simple_vocab_16e6.txt.gz   the data pipelines
 
@@ -10,6 +10,7 @@
 """
 import argparse
 import copy
+import json
 import math
 import os
 import sys
@@ -39,6 +40,7 @@ ROWS = {"none": dict(mask="none"), **{f"{mask} 0.5": dict(mask=mask) for mask in
         "pgs 0.5, two views": dict(views=2),
         "A-CLIP": dict(mask="attentive", views=2, contrast=("simclr", "byol"))}
 ROWS["A-CLIP, EMA at half size"] = ROWS["A-CLIP"] | dict(ema_size=112)
+DRAWS = 6  # masks of an image, to see how much they vary
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
 
 def markdown(rows):
@@ -182,40 +184,69 @@ def bench_data(options):
               for stage, mean in each.items()])
 
 def bench_masks(options):
-    """Prints what the parts of each mask change on photographs of the shards, at 224/16, alpha 0 or 0.5."""
-    shards, config = data.expand(options.shards), clip_pgs.Config()
+    """Prints what the parts of each mask change on photographs of the shards, and how much a mask varies.
+    --json FILE keeps {number of patches: {mask: share of the removed patches that differ between two draws}}
+    for study.py's table."""
+    shards = data.expand(options.shards)
+    config = clip_pgs.Config(image_size=options.image_size, patch_size=options.patch_size)
     index, _ = data.build_index(shards)
     index = index[::max(1, len(index) // options.images)][:options.images]
     samples = [evaluate.Sample(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
-    images = data.normalize(torch.stack([evaluate.read_image(sample, 224) for sample in samples]))
+    pictures = [evaluate.read_image(sample, options.image_size) for sample in samples]
+    images = data.normalize(torch.stack(pictures))
     torch.manual_seed(0)
-    visual, edges = clip_pgs.CLIP(config).visual, clip_pgs.sobel_edges(images)
-    noises = torch.rand(2, len(images), 197, generator=torch.Generator().manual_seed(0))
+    visual = clip_pgs.CLIP(config).visual
+    edges = clip_pgs.sobel_edges(images, options.patch_size)
+    L = edges.shape[1]
+    noises = torch.rand(DRAWS, len(images), 2, L, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        embeddings, attention = visual.patch_tokens(images), clip_pgs.class_attention(visual, images)[0]
+        embeddings = visual.patch_tokens(images)
+        attention = clip_pgs.class_attention(visual, images)[0]
 
     def removed(mask, noise, **changes):
-        keep, _ = clip_pgs.make_mask(mask, images, (0.5,), noise=noise, **dict(attention=attention) | changes)
-        return torch.ones(len(images), 196).scatter(1, keep, 0.0)
+        given = dict(patch_size=options.patch_size, attention=attention) | changes
+        keep, _ = clip_pgs.make_mask(mask, images, (0.5,), noise=noise, **given)
+        return torch.ones(len(images), L).scatter(1, keep, 0.0)
 
     mixed = dict(alpha=0.5, embeddings=embeddings)
-    rows = {"random": ("random", {}, None), "center": ("center", {}, None), "cluster": ("cluster", {}, None),
-            "attentive": ("attentive", {}, None), "pgs": ("pgs", {}, None),
-            "pgs --no-edges": ("pgs", dict(edges=False), {}),
-            "pgs --no-transport": ("pgs", dict(transport=False), {}),
-            "pgs, alpha 0.5": ("pgs", mixed, None), "pgs --no-embeddings, alpha 0.5": ("pgs", {}, mixed),
-            "cluster --no-embeddings, alpha 0.5": ("cluster", {}, mixed)}
+    rows = {mask: (mask, {}, None) for mask in clip_pgs.MASKS[1:]}
+    rows["pgs --no-edges"] = ("pgs", dict(edges=False), {})
+    rows["pgs --no-transport"] = ("pgs", dict(transport=False), {})
+    rows["pgs, alpha 0.5"] = ("pgs", mixed, None)
+    rows["pgs --no-embeddings, alpha 0.5"] = ("pgs", {}, mixed)
+    rows["cluster --no-embeddings, alpha 0.5"] = ("cluster", {}, mixed)
     table = []
+    shares = {}
     for name, (mask, changes, against) in rows.items():
-        first, second = (removed(mask, noise, **changes) for noise in noises)
+        draws = torch.stack([removed(mask, noise, **changes) for noise in noises])   # (DRAWS, B, L)
         changed = ""
         if against is not None:
-            changed = f"{(first * (1 - removed(mask, noises[0], **against))).sum(1).mean():.1f}"
-        table.append({"mask": name, "patches changed": changed,
-                      "edges kept": f"{((1 - first) * edges).sum(1).div(edges.sum(1)).mean():.2f}",
-                      "differ between two draws": f"{(first * (1 - second)).sum(1).mean():.1f}"})
-    print(f"{len(images)} photographs, 98 of 196 patches removed, ViT-B-16 with random weights")
+            other = removed(mask, noises[0], **against)
+            changed = f"{(draws[0] * (1 - other)).sum(1).mean():.1f}"
+        differ = (draws[0] * (1 - draws[1])).sum(1).mean().item()
+        same_fate = (draws == draws[0]).all(0).double().mean()
+        edges_kept = ((1 - draws[0]) * edges).sum(1).div(edges.sum(1)).mean()
+        shares[name] = round(differ / draws[0].sum(1).mean().item(), 3)
+        table.append({"mask": name, "patches changed": changed, "differ between two draws": f"{differ:.1f}",
+                      f"same fate in {DRAWS} draws": f"{same_fate:.0%}", "edges kept": f"{edges_kept:.2f}"})
+    print(f"{len(images)} photographs, {round(0.5 * L)} of {L} patches removed, ViT-B-16 with random weights")
     markdown(table)
+    scores = []
+    original = clip_pgs.pgs_score
+    clip_pgs.pgs_score = lambda *given: scores.append(original(*given)) or scores[-1]
+    keep, valid = clip_pgs.make_mask("pgs", images, (0.3, 0.5), noise=noises[0], patch_size=options.patch_size)
+    clip_pgs.pgs_score = original
+    similar = (scores[0] > clip_pgs.SIMILAR).double().mean(1)
+    low, high = similar.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
+    print(f"similar to a candidate of pgs: {similar.mean():.2f} of the patches; 10 % of the images below "
+          f"{low:.2f}, 10 % above {high:.2f}; --ratio 0.3 0.5 removes {1 - valid.sum(1).div(L).mean():.3f}")
+    if options.json:
+        known = {}
+        if os.path.exists(options.json):
+            with open(options.json) as file:
+                known = json.load(file)
+        with open(options.json, "w") as file:
+            json.dump(known | {str(L): shares}, file, indent=1)
 
 def in_turns(contestants, rounds):
     """{name: median seconds} of functions called one after the other, again and again."""
@@ -251,7 +282,7 @@ def our_step(mask, pixels, tokens):
     """The same with this project's training step, mask included."""
     config = clip_pgs.Config(mask=mask, batch_size=len(tokens))
     clip, model, optimizer, ema, heads = clip_pgs.build(config, {}, torch.device("cpu"))
-    noise, boxes = None if mask == "none" else torch.rand(1, len(tokens), 197), torch.zeros(1, len(tokens), 4)
+    noise, boxes = None if mask == "none" else torch.rand(1, len(tokens), 2, 196), torch.zeros(1, len(tokens), 4)
     decoded = torch.ones(len(tokens), dtype=torch.bool)
     return lambda: clip_pgs.train_step(config, model, optimizer, ema, heads, pixels[None], boxes, tokens,
                                        decoded, noise, 0.5)
@@ -309,7 +340,10 @@ timing.add_argument("shards", nargs="+")
 timing.add_argument("--image-size", type=int, default=224)
 masks = commands.add_parser("masks")
 masks.add_argument("shards", nargs="+")
-masks.add_argument("--images", type=int, default=80)
+masks.add_argument("--images", type=int, default=128)
+masks.add_argument("--image-size", type=int, default=224)
+masks.add_argument("--patch-size", type=int, default=16)
+masks.add_argument("--json", default="")
 against = commands.add_parser("open_clip")
 against.add_argument("what", choices=("step", "data"))
 against.add_argument("shard")
