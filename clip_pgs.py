@@ -112,7 +112,9 @@ DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_
             val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 def tower_sizes(model):
-    """(width, layers, text width, text layers, E) of a name in SIZES, or of numbers written as there."""
+    """(width, layers, text width, text layers, E) of a name in SIZES, or of such numbers themselves."""
+    if isinstance(model, (tuple, list)):
+        return tuple(model)
     found = re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", SIZES.get(model, model))
     if not found or any(int(width) % HEAD_WIDTH for width in found.group(1, 3)):
         raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
@@ -872,7 +874,8 @@ def train_epoch(run, epoch, log, requests):
         numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
                                           tokens, decoded, noise, alpha=run.step / run.total_steps)
         if not losses and rank == 0 and (masked or config.mask == "none"):
-            evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], keep, valid, config.patch_size)
+            mask = [x if x is None else x[0] for x in (keep, valid)]
+            evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], *mask, config.patch_size)
         run.step += 1
         values = [*map(float, numbers.values()), len(bad), bool(requests)]  # waits for the GPU
         values = torch.tensor(values, dtype=torch.float64, device=run.device)
@@ -979,7 +982,7 @@ def show_masks(config, state):
             keep, valid = make_mask(name, images, config.ratio, patch_size=P, noise=noise, alpha=alpha,
                                     embeddings=embeddings, attention=attention, edges=config.edges,
                                     transport=config.transport)
-            picture = evaluate.masked(pixels, keep, valid, P)[0]
+            picture = evaluate.hide_removed(pixels, keep, valid, P)[0]
             masks.append((picture, name))
             if name == "pgs":
                 steps += pgs_tiles(config, images, pixels, noise, embeddings, alpha)

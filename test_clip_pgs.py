@@ -1117,11 +1117,20 @@ def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatc
 torch.manual_seed(2)  # a model for which the pictures below are of different classes
 SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(vocab_size=514)
 
+def save_small_clip(path):
+    """A checkpoint of SMALL_CLIP; its path."""
+    model, _, config = SMALL_CLIP
+    torch.save({"model": model.state_dict(), "config": vars(config), "merges": ""}, path)
+    return path
+
 @pytest.mark.parametrize("message, broken", [
-    ("nshards.txt: missing", dict(shards="")), ("1.tar: missing, though nshards.txt says", dict(shards="2")),
-    ("'a photo' lacks {c}", dict(templates="a {c}\na photo")), ("000 has no .txt", dict(kind="retrieval")),
-    ("the label of 002.jpg is '2', but classnames.txt has 2 lines", dict(classnames="cat\ndog")),
-    ("line 2 is blank", dict(classnames="cat\n\ndog")), ("expected retrieval or", dict(kind="captions"))])
+    ("nshards.txt: missing", {"shards": ""}),
+    ("1.tar: missing, though nshards.txt says", {"shards": "2"}),
+    ("'a photo' lacks {c}", {"templates": "a {c}\na photo"}),
+    ("000 has no .txt", {"kind": "retrieval"}),
+    ("the label of 002.jpg is '2', but classnames.txt has 2 lines", {"classnames": "cat\ndog"}),
+    ("line 2 is blank", {"classnames": "cat\n\ndog"}),
+    ("expected retrieval or", {"kind": "captions"})])
 def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
     folder = make_folder(tmp_path / "f", labelled(3), **broken)
     with pytest.raises(ValueError, match=f"^{folder}[^\n]*{re.escape(message)}"):
@@ -1129,51 +1138,72 @@ def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
 
 def test_evaluation_reads_equal_keys_bytes_order_marks_and_u_fffd_and_passes_over_hidden_files(tmp_path):
     folder = make_folder(tmp_path / "f", [], shards="\ufeff1", kind="\ufeffretrieval")
-    nine = [("._1.png", b""), ("9.png", b""), ("9.txt", "\ufeffwhat\ufffd".encode())]
-    write_shard(tmp_path / "f" / "test" / "0.tar", [*pairs([0, 1]), *nine, *pairs([0])])
+    hidden = ("._1.png", b"")
+    marked = [("9.png", b""), ("9.txt", "\ufeffwhat\ufffd".encode())]
+    members = [*pairs([0, 1]), hidden, *marked, *pairs([0])]
+    write_shard(f"{folder}/test/0.tar", members)
     found = evaluate.read_folder(folder)
-    assert [sample.name for sample in found.samples] == ["0000.png", "0001.png", "9.png", "0000.png"]
+    names = [sample.name for sample in found.samples]
+    assert names == ["0000.png", "0001.png", "9.png", "0000.png"]
     assert found.targets[2:] == [["what\ufffd"], [caption_of(0)]]
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "P"])
 def test_preprocess_resizes_crops_and_then_converts_with_clip_s_mean_and_deviation(mode):
     image = Image.open(io.BytesIO(noise_image(0, (37, 23)))).convert(mode)
-    middle = image.resize((25, 16), Image.BICUBIC).crop((4, 0, 20, 16)).convert("RGB")   # 16 * 37 / 23 = 25.7
-    mean, std = np.float32([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    middle = image.resize((25, 16), Image.BICUBIC)                      # 16 * 37 / 23 = 25.7
+    middle = middle.crop((4, 0, 20, 16)).convert("RGB")
+    mean = np.float32([0.48145466, 0.4578275, 0.40821073])
+    std = np.float32([0.26862954, 0.26130258, 0.27577711])
     expected = (np.asarray(middle).astype(np.float32) / np.float32(255) - mean) / std
-    assert np.array_equal(evaluate.preprocess(image, 16).permute(1, 2, 0).numpy(), expected)
+    seen = evaluate.preprocess(image, 16).permute(1, 2, 0)
+    assert np.array_equal(seen.numpy(), expected)
 
 @pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000)])
 def test_of_a_very_long_picture_only_the_middle_is_resized(size):
-    ramp = np.clip(np.arange(40_000) - 19_900, 0, 255).astype(np.uint8).reshape(size[::-1])
+    ramp = (np.arange(40_000) - 19_900).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(ramp.reshape(size[::-1]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen = evaluate.resize_and_crop(Image.fromarray(ramp), 224)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000    # kB; the whole takes 8 GB
-    assert seen.shape == (3, 224, 224) and (seen.float().mean() - 99.5).abs() < 2   # pixel 20,000
+    seen = evaluate.resize_and_crop(image, 224)
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert more < 100_000                                               # kB; the whole takes 8 GB
+    assert seen.shape == (3, 224, 224)
+    assert abs(seen.float().mean() - 99.5) < 2                          # pixel 20,000
 
 @torch.no_grad()
 def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_recall(tmp_path):
     model, tokenizer, config = SMALL_CLIP
-    images = [evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16) for sample in labelled(20)]
-    texts = [[f"a {name}", f"the {name}."] for name in ("cat", "dog", "fox", "owl")]
-    classes = [F.normalize(model.encode_text(tokenizer.encode(both)), dim=-1).mean(0) for both in texts]
-    images = model.encode_image(torch.stack(images))[:, None]
-    nearest = F.cosine_similarity(images, torch.stack(classes), dim=-1).argmax(1)
-    hits = (nearest == torch.arange(20) % 3).double().numpy()
-    recall = np.mean([hits[label::3].mean() for label in range(3)])
-    folder = make_folder(tmp_path / "f", labelled(20), classnames="cat\ndog\nfox\nowl")
-    assert evaluate.evaluate(model, tokenizer, config, folder) == pytest.approx(
-        {"acc1": hits.mean(), "acc5": 1, "mean_per_class_recall": recall})
+    names = ["cat", "dog", "fox", "owl"]
+    classes = []
+    for name in names:
+        sentences = model.encode_text(tokenizer.encode([f"a {name}", f"the {name}."]))
+        classes.append(F.normalize(sentences, dim=-1).mean(0))
+    hits = []
+    for number, sample in enumerate(labelled(20)):
+        pixels = evaluate.preprocess(Image.open(io.BytesIO(sample["jpg"])), 16)
+        image = model.encode_image(pixels[None])
+        scores = F.cosine_similarity(image, torch.stack(classes))
+        hits.append(scores.argmax() == number % 3)
+    recall = np.mean([np.mean(hits[label::3]) for label in range(3)])
+    folder = make_folder(tmp_path / "f", labelled(20), classnames="\n".join(names))
+    metrics = evaluate.evaluate(model, tokenizer, config, folder)
+    expected = {"acc1": np.mean(hits), "acc5": 1, "mean_per_class_recall": recall}
+    assert metrics == pytest.approx(expected)
 
 def test_retrieval_finds_an_image_if_fewer_than_k_are_nearer_and_a_caption_if_any_of_its_own_is_found():
     owner = torch.arange(30).repeat_interleave(torch.arange(30) % 7 + 1)
     images = F.normalize(torch.randn(30, 8, generator=seeded()), dim=-1)
-    texts = F.normalize(images[owner] + torch.randn(len(owner), 8, generator=seeded(1)), dim=-1)
-    scores, own = images @ texts.T, owner == torch.arange(30)[:, None]  # (30, captions)
-    nearer = {"image": (scores > scores[owner, range(len(owner))]).sum(0),
-              "text": (scores > scores.where(own, -1).amax(1, keepdim=True)).sum(1)}
-    expected = {f"{name}_retrieval_recall@{k}": np.mean(number.numpy() < k)
-                for name, number in nearer.items() for k in (1, 5, 10)}
+    noise = torch.randn(len(owner), 8, generator=seeded(1))
+    texts = F.normalize(images[owner] + noise, dim=-1)
+    scores = images @ texts.T                                           # (30, captions)
+    of_owner = scores[owner, range(len(owner))]
+    own = owner == torch.arange(30)[:, None]
+    best_own = scores.where(own, -1).amax(1, keepdim=True)
+    nearer_images = (scores > of_owner).sum(0)
+    nearer_texts = (scores > best_own).sum(1)
+    expected = {}
+    for k in (1, 5, 10):
+        expected[f"image_retrieval_recall@{k}"] = np.mean(nearer_images.numpy() < k)
+        expected[f"text_retrieval_recall@{k}"] = np.mean(nearer_texts.numpy() < k)
     assert evaluate.retrieval_metrics(images, texts, owner) == pytest.approx(expected)
 
 def test_two_ranks_give_the_metrics_of_one_and_fail_together(two_ranks):
@@ -1182,91 +1212,133 @@ def test_two_ranks_give_the_metrics_of_one_and_fail_together(two_ranks):
         assert torch.load(two_ranks / f"rank_{rank}.pt")[1] == pytest.approx(expected)
 
 def test_logistic_regression_ends_where_the_gradient_is_zero():
-    x, y = torch.randn(60, 4, generator=seeded()).double(), torch.arange(60) % 3
+    x = torch.randn(60, 4, generator=seeded()).double()
+    y = torch.arange(60) % 3
     weights = evaluate.fit_logistic(x, y, 3, C=2.0).requires_grad_()
-    loss = 2.0 * F.cross_entropy(x @ weights[:, :4].T + weights[:, 4], y, reduction="sum")
-    loss = loss + weights[:, :4].square().sum() / 2                     # scikit-learn's objective
+    logits = x @ weights[:, :4].T + weights[:, 4]
+    penalty = weights[:, :4].square().sum() / 2
+    loss = 2.0 * F.cross_entropy(logits, y, reduction="sum") + penalty  # scikit-learn's objective
     assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-3
 
 def test_a_linear_probe_learns_what_is_linear():
     features = F.normalize(torch.randn(300, 6, generator=seeded()), dim=-1)
     labels = features[:, :3].argmax(1)
-    assert evaluate.linear_probe(features[:200], labels[:200], features[200:], labels[200:], 3)[0] > 0.9
+    train, test = features.split(200)
+    accuracy, _, _ = evaluate.linear_probe(train, labels[:200], test, labels[200:], 3)
+    assert accuracy > 0.9
 
 @torch.no_grad()
 def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path):
     model, tokenizer, config = SMALL_CLIP
     (tmp_path / "a.jpg").write_bytes(noise_image())
     image = model.encode_image(evaluate.preprocess(Image.open(tmp_path / "a.jpg"), 16)[None])
-    near, far = sorted(["a red cat", "two blue dogs in a field"], key=lambda text: -F.cosine_similarity(
-        model.encode_text(tokenizer.encode([text])), image))
-    right, wrong = (dict(filename="a.jpg", caption=caption, negative_caption=other)
-                    for caption, other in ((near, far), (far, near)))
-    for name in ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att"):
-        questions = {"0": right, "3": right if name == "replace_obj" else wrong}
-        (tmp_path / f"{name}.json").write_text("\ufeff" + json.dumps(questions), encoding="utf-8")
+    texts = ["a red cat", "two blue dogs in a field"]
+    scores = F.cosine_similarity(model.encode_text(tokenizer.encode(texts)), image)
+    near, far = texts[scores.argmax()], texts[scores.argmin()]
+    right = {"filename": "a.jpg", "caption": near, "negative_caption": far}
+    wrong = {"filename": "a.jpg", "caption": far, "negative_caption": near}
+    for kind in evaluate.SUGARCREPE:
+        questions = {"0": right, "3": right if kind == "replace_obj" else wrong}
+        (tmp_path / f"{kind}.json").write_text("\ufeff" + json.dumps(questions), encoding="utf-8")
     results = evaluate.sugarcrepe(model, tokenizer, config, str(tmp_path), str(tmp_path))
-    assert results["sugar_crepe/replace_obj"]["acc"] == 1 and results["sugar_crepe/add"]["acc"] == 0.5
+    assert results["sugar_crepe/replace_obj"]["acc"] == 1
+    assert results["sugar_crepe/add"]["acc"] == 0.5
     assert results["sugar_crepe/replace"]["acc"] == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert len(results) == 10
 
 def test_features_that_are_not_finite_are_an_error_not_a_score():
+    features = [torch.full((3, 16), math.nan)]
     with pytest.raises(ValueError, match="not finite"):
-        evaluate.gather(SMALL_CLIP[0], [torch.full((3, 16), math.nan)], 3, 0, 1)
+        evaluate.collect(SMALL_CLIP[0], features, 3, 0, 1)
+
+def test_removed_patches_are_grey_and_slots_that_are_not_valid_hold_removed_ones():
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    keep = torch.tensor([[3, 0], [1, 2]])                               # of a batch, of which we show one
+    seen = evaluate.hide_removed(images, keep, torch.tensor([[True, False], [True, True]]), 2)
+    expected = torch.full((4, 4), 128)
+    expected[2:, 2:] = 0
+    assert seen[0, 0].equal(expected.byte())
+
+def write_log(path, slope):
+    """A run of 100 steps and two evaluations, whose log got a damaged end."""
+    lines = [{"step": i, "epoch": 1 + i // 50, "loss": 5 - slope * i / 50} for i in range(1, 101)]
+    for epoch in (1, 2):
+        results = {"pets": {"acc1": slope * epoch / 4}}
+        lines.append({"step": 50 * epoch, "epoch": epoch, "loss": 1, "eval": results})
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, lines)) + "\nbroken\n\0")
 
 def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for run, slope in (("a", 1.0), ("b", 0.5)):
-        lines = [dict(step=i, epoch=1 + i // 50, loss=5 - slope * i / 50) for i in range(1, 101)]
-        lines += [dict(step=50 * e, epoch=e, loss=1, eval={"pets": {"acc1": slope * e / 4}}) for e in (1, 2)]
-        os.mkdir(run)
-        (tmp_path / run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nbroken\n\0")
+    write_log(tmp_path / "a" / "log.jsonl", 1.0)
+    write_log(tmp_path / "b" / "log.jsonl", 0.5)
     command("--curves", "a/log.jsonl", "b/log.jsonl", module=evaluate)
     printed = capsys.readouterr().out
-    assert "| a |     50.00 |" in printed and "a/log.jsonl: 2 damaged lines dropped" in printed
+    assert "| a |     50.00 |" in printed
+    assert "a/log.jsonl: 2 damaged lines dropped" in printed
     pixels = np.asarray(Image.open("curves.png")).astype(int)
     for left in (51, 471):                                              # coloured curves across both panels
-        assert (np.ptp(pixels[41:290, left:left + 349], axis=-1) > 120).any(0).mean() > 0.9
+        colour = np.ptp(pixels[41:290, left:left + 349], axis=-1)
+        assert (colour > 120).any(0).mean() > 0.9
     (tmp_path / "a" / "log.jsonl").write_text("\0\0")
     command("--curves", "a/log.jsonl", module=evaluate, fails="a/log.jsonl: no training step in it")
 
 def safetensors(tensors):
     """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors."""
-    header, body = {"__metadata__": {"format": "pt"}}, b""
+    header = {"__metadata__": {"format": "pt"}}
+    body = b""
     for name, x in tensors.items():
         place = [len(body), len(body) + x.nbytes]
-        header[name] = dict(dtype=f"F{8 * x.element_size()}", shape=x.shape, data_offsets=place)
+        header[name] = {"dtype": f"F{8 * x.element_size()}", "shape": x.shape, "data_offsets": place}
         body += x.numpy().tobytes()
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
+def write_vocabulary(path):
+    """A vocabulary as large as CLIP's, of which it takes 48,894 merges; its path."""
+    merges = [f"{chr(256 + i // 250)} {chr(256 + i % 250)}" for i in range(50_000)]
+    path.write_bytes(gzip.compress("\n".join(["#version", *merges]).encode()))
+    return str(path)
+
 @pytest.mark.parametrize("name", ["a.safetensors", "open_clip.pt", "openai.pt"])
 def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(tmp_path, capsys, name):
-    config = Config(model="128x2-64x1-32", image_size=48, patch_size=16, context_length=9, vocab_size=49408)
+    config = Config(model=(128, 2, 64, 1, 32), image_size=48, context_length=9)
     state = CLIP(config).state_dict()
-    half = {key: x.half() if x.ndim > 1 else x for key, x in state.items()}
-    wrapped = {f"module._orig_mod.{key}": x for key, x in state.items()}
-    openai = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(0))
-    (tmp_path / "a.safetensors").write_bytes(safetensors(half))
-    torch.save({"state_dict": wrapped, "epoch": np.float64(3), "n": np.int64(7)}, tmp_path / "open_clip.pt")
-    torch.save(state | openai, tmp_path / "openai.pt")
+    if name == "a.safetensors":
+        half = {key: x.half() if x.ndim > 1 else x for key, x in state.items()}
+        (tmp_path / name).write_bytes(safetensors(half))
+    elif name == "open_clip.pt":
+        wrapped = {f"module._orig_mod.{key}": x for key, x in state.items()}
+        torch.save({"state_dict": wrapped, "lr": np.float64(3), "n": np.int64(7)}, tmp_path / name)
+    else:
+        sizes = dict.fromkeys(["input_resolution", "context_length", "vocab_size"], torch.tensor(0))
+        torch.save(state | sizes, tmp_path / name)
+    path = str(tmp_path / name)
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
-        evaluate.load(str(tmp_path / name))
+        evaluate.load(path)
     assert ("OpenAI trained need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
-    merges = [f"{chr(256 + i // 250)} {chr(256 + i % 250)}" for i in range(50_000)]     # CLIP takes 48,894
-    (tmp_path / "vocab.gz").write_bytes(gzip.compress("\n".join(["#version", *merges]).encode()))
-    model, _, found = evaluate.load(str(tmp_path / name), str(tmp_path / "vocab.gz"))
+    model, _, found = evaluate.load(path, write_vocabulary(tmp_path / "vocab.gz"))
     config.quick_gelu = name == "openai.pt"
-    assert found == config and all(x.allclose(state[key], 0, 1e-3) for key, x in model.state_dict().items())
+    assert found == config
+    for key, x in model.state_dict().items():
+        assert x.allclose(state[key], 0, 1e-3)
+
+def test_a_checkpoint_of_a_model_without_a_name_is_read_again(tmp_path):
+    config = tiny(model=[128, 2, 64, 2, 16], vocab_size=514)
+    checkpoint = {"model": SMALL_CLIP[0].state_dict(), "config": vars(config), "merges": ""}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    assert evaluate.load(tmp_path / "a.pt")[2] == config
 
 class Evil:
     def __reduce__(self):  # a pickle of it makes a folder when it is loaded
         return os.mkdir, ("pwned",)
 
 @pytest.mark.parametrize("name, says, content", [
-    ("a.pt", "empty file", b""), ("a.pt", "damaged", b"PK\3\4" * 99), ("a.pt", "it holds a list", [1, 2]),
-    ("a.pt", "could run code", {"model": Evil()}), ("a.pt", "could run code", pickle.dumps(Evil(), 2)),
-    ("a.pt", "compressed", gzip.compress(b"x")), ("a.pt", "git lfs pull", LFS), (".", "Is a directory", None),
-    ("a.safetensors", "damaged", b"{}" * 9), ("a.pt", "not a CLIP", {"n": 1})], ids=range(10))
+    ("a.pt", "empty file", b""), ("a.pt", "damaged", b"PK\3\4" * 99),
+    ("a.pt", "compressed", gzip.compress(b"x")), ("a.pt", "git lfs pull", LFS),
+    ("a.pt", "could run code", pickle.dumps(Evil(), 2)), ("a.pt", "could run code", {"model": Evil()}),
+    ("a.pt", "it holds a list", [1, 2]), ("a.pt", "not a CLIP", {"n": 1}),
+    ("a.safetensors", "damaged", b"{}" * 9), (".", "Is a directory", None)], ids=range(10))
 def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, name, says, content):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
@@ -1278,12 +1350,14 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, 
     assert not (tmp_path / "pwned").exists()
 
 def test_the_command_makes_a_table_with_an_average_json_and_pictures(tmp_path, capsys):
-    model, _, config = SMALL_CLIP
-    torch.save(dict(model=model.state_dict(), config=vars(config), merges=""), tmp_path / "ckpt.pt")
+    checkpoint = save_small_clip(tmp_path / "ckpt.pt")
     folders = [make_folder(tmp_path / f"{count}", labelled(count)) for count in (3, 4)]
     more = ("--json", tmp_path / "x.json", "--pictures", tmp_path)
-    command(tmp_path / "ckpt.pt", "--data", *folders, *more, module=evaluate)
-    results, printed = json.load(open(tmp_path / "x.json")), capsys.readouterr().out.splitlines()
-    assert list(results) == folders and list(results[folders[0]]) == ["acc1", "acc5", "mean_per_class_recall"]
-    average = 100 * (results[folders[0]]["acc1"] + results[folders[1]]["acc1"]) / 2
-    assert printed[-1].split()[1:4] == ["average", "|", f"{average:.2f}"] and (tmp_path / "3.png").exists()
+    command(checkpoint, "--data", *folders, *more, module=evaluate)
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert list(results) == folders
+    assert list(results[folders[0]]) == ["acc1", "acc5", "mean_per_class_recall"]
+    average = 50 * sum(metrics["acc1"] for metrics in results.values())
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.split()[1:4] == ["average", "|", f"{average:.2f}"]
+    assert (tmp_path / "3.png").exists()
