@@ -1,51 +1,64 @@
-"""CLIP-PGS: contrastive language-image pre-training on the half of the patches that matters, in one file.
+"""CLIP-PGS: contrastive language-image pre-training on the half of the patches that matters.
 
-    torchrun clip_pgs.py --mask pgs --ratio 0.5               the demo: draws its own data, minutes on a CPU
+    torchrun clip_pgs.py --mask pgs --ratio 0.5              the demo: draws its own data, minutes on a CPU
     torchrun --nproc_per_node 8 clip_pgs.py --data 'cc12m/{00000..01242}.tar' --mask pgs --val imagenet/
-    python clip_pgs.py --resume                               go on with the run in out/
-    python clip_pgs.py --show-masks photo.jpg --ratio 0.5     draw what each mask leaves of a photograph
-    python clip_pgs.py --help                                 every option, its default and meaning
+    python clip_pgs.py --resume                              go on with the run in out/
+    python clip_pgs.py --show-masks photo.jpg --ratio 0.5    draw what each mask leaves of a photograph
+    python clip_pgs.py --help                                every option, its default and meaning
 
-CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar features.
-Most of the cost is the image encoder, and most patches of an image repeat their neighbours. Six masks choose
-which patches it sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP), attentive (A-CLIP) and
-pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080), which is what this file is about.
+CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar
+features. Most of the cost is the image encoder, and most patches of an image repeat their neighbours.
+Six masks choose which patches it sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP),
+attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080): this file is about it.
 
-The story, top to bottom: config, masks, model, teacher, losses, optimizer, one step. A reader may stop there:
-the rest is plumbing (the run, main). data.py reads shards, evaluate.py measures what was learned.
+One step of training, with the functions that do it:
+
+    images, tokens = a batch                                 data.Batches
+    edges = how much changes inside each patch               sobel_edges
+    candidates = a few flat patches, by chance               pgs_candidates
+    S = similarity of every two patches, balanced            patch_similarity, balance
+    keep = patches, without half, those similar first        pgs_score, remove; make_mask calls all five
+    image_features = ViT(the patches keep of images)         VisionTransformer
+    text_features = transformer(tokens) at <end>             CLIP.encode_text
+    loss = cross_entropy(scale * image_features @ text_features.T), both ways, all ranks    clip_loss
+    loss.backward(), AdamW                                   train_step, update
+
+The story, top to bottom: config, masks, model, teacher, loss, optimizer, one step. Everybody reads up
+to there. Then come many passes (--accum), two views (A-CLIP, SLIP), the run and main. data.py reads
+shards, evaluate.py measures what was learned.
 """
 import argparse
 import copy
 import fcntl
-import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import traceback
+import zlib
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from types import SimpleNamespace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import evaluate
 
 # -----------------------------------------------------------------------------
-# Config. The one place for every knob: a field is a default, an option, and what the checkpoint stores. In
-# brackets: where a default comes from. Release: CLIP-PGS's code, its recipe for CC12M. Ours: we chose it.
+# Config. The one place for every knob: a field is a default, an option, and what the checkpoint
+# stores. In brackets: where a default comes from. Release: CLIP-PGS's code, its recipe for CC12M.
+# Ours: we chose it. The first reading needs none of it but the names; come back when a name has no
+# meaning yet.
 
 def knob(default, meaning, least=0):
     """A Config field with its help text and, if it is a number, its least value."""
@@ -63,12 +76,12 @@ class Config:
     # model
     model: str = knob("ViT-B-16", "model size: ViT-B-16, ViT-S-16, ViT-L-16 or demo")
     image_size: int = knob(224, "side of the square input, pixels", least=1)
-    patch_size: int = knob(16, "side of a patch, pixels", least=1)
+    patch_size: int = knob(16, "side of a patch, pixels, also for a model with 16 in its name", least=1)
     context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)", least=3)
     quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
     # mask
     mask: str = knob("pgs", "patches to remove: none, random, center, cluster, attentive or pgs")
-    ratio: tuple = knob((0.5,), "share of patches removed; two: each image decides in between (cluster, attentive, pgs)")
+    ratio: tuple = knob((0.5,), "share of patches removed; two for cluster, attentive, pgs: a range")
     edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
     embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP)")
@@ -76,13 +89,13 @@ class Config:
     text_tokens: int = knob(0, "words' tokens of a caption; longer ones lose common words; 0: all (CLIPF)")
     views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
     contrast: tuple = knob((), "with --views 2, losses between the views: simclr, byol or both (A-CLIP)")
-    unmasked_epochs: float = knob(0.0, "epochs at the end on whole images (FLIP's unmasked tuning)")
+    unmasked_epochs: float = knob(0.0, "epochs at the end on whole images; at most half the run (FLIP)")
     # optimization
     batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096)", least=1)
     accum: int = knob(1, "passes per step: exactly the update of a batch this many times as large", least=1)
     epochs: int = knob(32, "passes over the data (paper)", least=1)
     steps: int = knob(0, "stop after this many optimizer steps instead; 0: epochs decide")
-    lr: float = knob(1e-3, "peak learning rate, for a batch of 4096 (release)")
+    lr: float = knob(1e-3, "peak learning rate (release, for a batch of 4096); not scaled with the batch")
     warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of the run (ours)")
     weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
     grad_clip: float = knob(0.0, "largest norm of the gradient, which is then in the log; 0: any")
@@ -96,14 +109,15 @@ class Config:
     init: str = knob("", "weights to start from, of any kind that evaluate.py reads; they fix the model")
     resume: str = knob("", "checkpoint to go on from, with its run's options; alone: that in --out, if any")
     precision: str = knob("", "bf16 or fp32; without it, bf16 on a GPU that has it, else fp32")
-    grad_checkpointing: bool = knob(False, "recompute activations in the backward pass, do not store them")
     compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
-    show_masks: tuple = knob((), "photographs: draw masks.png and steps.png (how pgs chose) to --out, then stop")
+    show_masks: tuple = knob((), "photographs: draw masks.png and steps.png to --out, then stop")
 
-# Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide. B and L
-# are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
-SIZES = {"ViT-B-16": "768x12-512x12-512", "ViT-S-16": "384x12-384x12-384", "ViT-L-16": "1024x24-768x12-768",
-         "demo": "128x4-64x2-128"}
+# Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide.
+# B and L are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
+SIZES = {"ViT-B-16": (768, 12, 512, 12, 512),
+         "ViT-S-16": (384, 12, 384, 12, 384),
+         "ViT-L-16": (1024, 24, 768, 12, 768),
+         "demo": (128, 4, 64, 2, 128)}
 HEAD_WIDTH = 64
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
@@ -112,36 +126,37 @@ DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_
             val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 def tower_sizes(model):
-    """(width, layers, text width, text layers, E) of a name in SIZES, or of such numbers themselves."""
-    if isinstance(model, (tuple, list)):
-        return tuple(model)
-    found = re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)-(\d+)", SIZES.get(model, model))
-    if not found or any(int(width) % HEAD_WIDTH for width in found.group(1, 3)):
+    """(width, layers, text width, text layers, E) of a name in SIZES; or the sizes themselves,
+    which evaluate.infer_config reads from weights made elsewhere."""
+    if isinstance(model, str) and model not in SIZES:
         raise ValueError(f"--model {model}: choose one of {', '.join(SIZES)}")
-    return tuple(map(int, found.groups()))
+    return SIZES[model] if isinstance(model, str) else tuple(model)
 
 def check(config):
     """ValueError with one line for the first option whose value cannot work."""
-    for f in fields(config):
-        value, least = getattr(config, f.name), f.metadata["least"]
-        if isinstance(value, (int, float)) and not least <= value < math.inf:  # nan fails this, too
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-    tower_sizes(config.model)
-    check_mask(config.mask, config.ratio)
-    P, low, *rest = config.patch_size, *config.scale
-    for works, option, rule in (
-            (config.image_size % P == 0, "image_size", f"a multiple of --patch-size {P}"),
-            (config.ema_size % P == 0, "ema_size", f"a multiple of --patch-size {P}"),
-            (config.views <= 2, "views", "1 or 2"),
-            (config.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32"),
-            ({*config.contrast} <= {"simclr", "byol"}, "contrast", "simclr, byol or both"),
-            (not config.contrast or config.views == 2, "contrast", "used with --views 2"),
-            (len(rest) == 1 and 0 < low <= rest[0] <= 1, "scale", "two numbers, 0 < low <= high <= 1")):
+    def need(works, option, rule):
         if not works:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be {rule}")
 
+    for option in fields(config):
+        value = getattr(config, option.name)
+        least = option.metadata["least"]
+        if isinstance(value, (int, float)):  # nan fails this, too
+            need(least <= value < math.inf, option.name, f"at least {least}")
+    tower_sizes(config.model)
+    check_mask(config.mask, config.ratio)
+    need(config.image_size % config.patch_size == 0, "image_size", f"a multiple of {config.patch_size}")
+    need(config.ema_size % config.patch_size == 0, "ema_size", f"a multiple of {config.patch_size}")
+    need(config.views <= 2, "views", "1 or 2")
+    need(config.precision in ("", "bf16", "fp32"), "precision", "bf16 or fp32")
+    need(set(config.contrast) <= {"simclr", "byol"}, "contrast", "simclr, byol or both")
+    need(not config.contrast or config.views == 2, "contrast", "used with --views 2")
+    need(len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= 1, "scale",
+         "two numbers, 0 < low <= high <= 1")
+
 # -----------------------------------------------------------------------------
-# Masks. Each answers one question: which patches does the encoder get to see? pgs goes through five steps:
+# Masks. Each answers one question: which patches does the encoder get to see? pgs goes through
+# five steps:
 #
 #     sobel_edges         how much changes inside each patch?
 #     pgs_candidates      a few patches are proposed for removal, by chance, and flat ones more often
@@ -149,20 +164,21 @@ def check(config):
 #     balance             optimal transport: a patch with many twins becomes less alike to each of them
 #     remove              the patches that are similar to a candidate go, by chance, as many as --ratio says
 #
-# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in make_mask,
-# above that of cluster.
-# Letters in shapes: B images, L patches of an image, K of them kept, D width of a tower, E size of an
-# embedding, T tokens of a caption, N packed tokens of a batch, H and W pixels, P side of a patch.
+# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in
+# make_mask, above that of cluster. Letters in shapes: B images, L patches of an image, K of them
+# kept, D width of a tower, E size of an embedding, T tokens of a caption, N packed tokens of a
+# batch, H and W pixels, P side of a patch.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 COUNTING = ("cluster", "attentive", "pgs")  # they find how many patches could go, so `ratio` may be a range
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
-SIMILAR = 0.5      # from here on a patch counts as similar to a candidate; `target_mask_ratio` in both releases
-EPS = 0.05         # of optimal transport: the smaller, the more mass stays with the nearest twins (ours)
+SIMILAR = 0.5      # more than this is similar to a candidate (`target_mask_ratio` in both releases)
+EPS = 0.05    # of optimal transport: the smaller, the more mass stays with the nearest twins (ours)
 
 def check_mask(name, ratio):
-    """ValueError unless name is one of MASKS and ratio one share of patches, or a range of two, in [0, 1)."""
+    """ValueError unless name is one of MASKS and ratio one share of patches, or a range of two, in
+    [0, 1)."""
     if name not in MASKS:
         raise ValueError(f"--mask {name}: choose one of {', '.join(MASKS)}")
     if len(ratio) not in (1, 2) or not 0 <= ratio[0] <= ratio[-1] < 1:
@@ -172,7 +188,8 @@ def check_mask(name, ratio):
                          f"{', '.join(COUNTING)}, which find out how many patches of an image could go")
 
 def patchify(images, patch_size):
-    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a bad P."""
+    """(B, C, H, W) -> (B, L, C*P*P): patches row by row, as channel, row, column. ValueError for a
+    bad P."""
     B, C, H, W = images.shape
     P = patch_size
     if H % P or W % P:
@@ -182,15 +199,17 @@ def patchify(images, patch_size):
     return patches.reshape(B, -1, C * P * P)
 
 def sobel_edges(images, patch_size=16):
-    """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the model.
-    Mean gradient magnitude of the luminance, min-max scaled per image; a constant image gives zeros.
-    ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection (see the README)."""
+    """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the
+    model. Mean gradient magnitude of the luminance, min-max scaled per image; a constant image
+    gives zeros. ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection
+    (see the README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
     weights = weights.view(3, 1, 1).to(images, non_blocking=True)
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images, non_blocking=True)  # (2, 1, 3, 3)
     luminance = (images * weights).sum(1, keepdim=True)                     # (B, 1, H, W)
-    # We subtract the first pixel: a flat image then gives exactly zero, not noise for the scaling to blow up.
+    # We subtract the first pixel: a flat image then gives exactly zero, not noise for the scaling
+    # to blow up.
     luminance = luminance - luminance[..., :1, :1]
     gradient = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernels)  # (B, 2, H, W)
     magnitude = gradient.square().sum(1, keepdim=True).sqrt()               # (B, 1, H, W)
@@ -199,79 +218,88 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 def pgs_candidates(edges, noise):
-    """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS, generation).
-    edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches often, outlines rarely.
-    A candidate has no privilege later: it counts as similar because it is similar to itself."""
+    """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS,
+    generation). edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches
+    often, outlines rarely. A candidate has no privilege later: it counts as similar because it is
+    similar to itself."""
     L = noise.shape[1]
     return (noise - edges).topk(max(1, round(CANDIDATES * L))).indices
 
 def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
-    """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W).
-    The cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not matter).
-    With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of embeddings. In a run, alpha
-    is the share of the steps that are done: it grows linearly (ours; the releases: epoch / 32)."""
+    """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W). The
+    cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not
+    matter). With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of
+    embeddings. In a run, alpha is the share of the steps that are done: it grows linearly (ours;
+    the releases: epoch / 32)."""
     def cosines(x):
         z = F.normalize(x, dim=-1)                        # (B, L, D)
         return z @ z.transpose(1, 2)                      # (B, L, L)
 
     pixels = patchify(images.float(), patch_size)
-    pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine itself divides by the deviation
-    # A patch of one grey is now zero plus rounding noise, whose direction is random. We append the same small
-    # number to every patch. Patches of one grey then point the same way, and the others hardly change.
+    pixels = pixels - pixels.mean(-1, keepdim=True)     # the cosine itself divides by the deviation
+    # A patch of one grey is now zero plus rounding noise, whose direction is random. We append the
+    # same small number to every patch. Patches of one grey then point the same way, and the others
+    # hardly change.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
         return S
     return (1 - alpha) * S + alpha * cosines(embeddings.float())
 
 def sinkhorn_scaling(similarity, eps=EPS, iterations=20):
-    """log u (B, L, 1) of the scaling u that makes T = diag(u) K diag(u) doubly stochastic, where
-    K = exp((S - 1) / eps) of a symmetric S (B, L, L) in [-1, 1]. Rows sum to 1 when u * (K u) = 1.
-    Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric mean of u
-    and 1 / (K u): near the answer it at least halves the error, as K of cosines is positive semi-definite."""
-    kernel = ((similarity.float() - 1) / eps).exp()       # (B, L, L) between exp(-2 / eps) and 1: never 0
+    """log u (B, L, 1) of the scaling u that makes T = diag(u) K diag(u) doubly stochastic, where K
+    = exp((S - 1) / eps) of a symmetric S (B, L, L) in [-1, 1]. Rows sum to 1 when u * (K u) = 1.
+    Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric
+    mean of u and 1 / (K u): near the answer it at least halves the error, as K of cosines is
+    positive semi-definite."""
+    kernel = ((similarity.float() - 1) / eps).exp()  # (B, L, L) between exp(-2 / eps) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
     for _ in range(iterations):
         u = (u / (kernel @ u)).sqrt()
     return u.log()
 
 def balance(similarity, eps=EPS, iterations=20):
-    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape, float32.
-    T is `sinkhorn`'s matrix, so to compare by S' is to compare by T. The formula for T gives, without the
-    detour through T: S' = S + eps * (log u_i + log u_j)."""
+    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape,
+    float32. T is `sinkhorn`'s matrix, so to compare by S' is to compare by T. The formula for T
+    gives, without the detour through T: S' = S + eps * (log u_i + log u_j)."""
     log_u = sinkhorn_scaling(similarity, eps, iterations)
     return similarity.float() + eps * (log_u + log_u.transpose(1, 2))
 
 def sinkhorn(similarity, eps=EPS, iterations=20):
-    """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L); float32.
-    Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A patch that has many
-    twins shares its unit of mass with all of them; a patch that is like no other keeps it."""
+    """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L);
+    float32. Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A
+    patch that has many twins shares its unit of mass with all of them; a patch that is like no
+    other keeps it."""
     return ((balance(similarity, eps, iterations) - 1) / eps).exp()
 
 def pgs_score(similarity, candidates, transport=True):
-    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS, selection).
-    similarity (B, L, L), candidates (B, C). Without balance, one large area can take all that goes."""
+    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS,
+    selection). similarity (B, L, L), candidates (B, C). Without balance, one large area can take
+    all that goes."""
     if transport:
         similarity = balance(similarity)
     rows = similarity.take_along_dim(candidates[..., None], dim=1)  # (B, C, L), the candidates' rows
     return rows.amax(1)
 
 def block_mean(x, rows, columns):
-    """(B, L) -> (B, L): the mean of each patch's block of 2x2; x itself if a side of the grid is odd."""
+    """(B, L) -> (B, L): the mean of each patch's block of 2x2; x itself if a side of the grid is
+    odd."""
     if rows % 2 or columns % 2:
         return x
     blocks = F.avg_pool2d(x.view(-1, 1, rows, columns), 2)          # (B, 1, rows / 2, columns / 2)
     return F.interpolate(blocks, scale_factor=2, mode="nearest").flatten(1)
 
 def remove(priority, ratio, count=None):
-    """Removes the patches of the highest priority (B, L): keep (B, K) int64, valid (B, K) bool or None.
-    With one ratio all images lose that share. With a range they lose `count` (B,), or the end of the range
-    that is nearest. keep is in no special order: each patch takes its position with it. Valid slots of `keep`
-    come first; the others hold removed patches, and only fill up the row."""
+    """Removes the patches of the highest priority (B, L): keep (B, K) int64, valid (B, K) bool or
+    None. With one ratio all images lose that share. With a range they lose `count` (B,), or the
+    end of the range that is nearest. keep is in no special order: each patch takes its position
+    with it. Valid slots of `keep` come first; the others hold removed patches, and only fill up
+    the row."""
     L = priority.shape[1]
     low = min(round(ratio[0] * L), L - 1)           # one patch always stays
     high = min(round(ratio[-1] * L), L - 1)
     order = priority.argsort(dim=1, stable=True)    # (B, L) lowest first: these stay longest
-    # K is the most that the ratio allows: for the batch's own maximum, the CPU would wait for the GPU.
+    # K is the most that the ratio allows: for the batch's own maximum, the CPU would wait for the
+    # GPU.
     keep = order[:, :L - low]                       # (B, K)
     if low == high:
         return keep, None
@@ -282,13 +310,13 @@ def remove(priority, ratio, count=None):
 @torch.no_grad()
 def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
               attention=None, edges=True, transport=True):
-    """The patches that the encoder sees: keep (B, K) indices, valid (B, K) bool or None if all are, see
-    `remove`. name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of patches REMOVED, (r,)
-    exactly, or for one of COUNTING (low, high), decided per image. noise: (B, 2, L) uniform in [0, 1), else
-    drawn from generator: the first half says who is proposed, the second who of the similar patches goes.
-    cluster and pgs compare pixels and, by the share alpha, embeddings (B, L, D), see `patch_tokens`;
-    attentive needs attention (B, L). A mask does not depend on the other images of the batch. ValueError for
-    an unknown name or ratio."""
+    """The patches that the encoder sees: keep (B, K) indices, valid (B, K) bool or None if all
+    are, see `remove`. name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of
+    patches REMOVED, (r,) exactly, or for one of COUNTING (low, high), decided per image. noise:
+    (B, 2, L) uniform in [0, 1), else drawn from generator: the first half says who is proposed,
+    the second who of the similar patches goes. cluster and pgs compare pixels and, by the share
+    alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask does
+    not depend on the other images of the batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B = len(images)
     rows = images.shape[2] // patch_size
@@ -306,7 +334,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
             y = torch.linspace(-1, 1, rows, device=noise.device)[:, None]
             x = torch.linspace(-1, 1, columns, device=noise.device)
-            density = (-(y ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)  # (rows, columns), 0.80 in the middle
+            density = (-(y ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)  # (rows, columns)
             return remove(choice - density.flatten(), ratio)
         if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023; the patches of a block go together
             blocks = block_mean(attention, rows, columns)
@@ -320,18 +348,20 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             candidates = pgs_candidates(strength, proposal)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         similar = pgs_score(similarity, candidates, transport) > SIMILAR  # (B, L)
-        # Similar patches go first, and chance decides among them, as in both releases. If they are too few,
-        # chance fills up with others. To remove the most similar ones would give nearly the same mask each time.
+        # Similar patches go first, and chance decides among them, as in both releases. If they are
+        # too few, chance fills up with others. To remove the most similar ones would give the same
+        # mask every time.
         return remove(similar + choice, ratio, similar.sum(1))
 
 # -----------------------------------------------------------------------------
-# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP and
-# open_clip, so that weights load strictly in both directions. Captions differ in length, as do images if
-# `--ratio` is a range. Padding is not computed: all but attention runs on the valid tokens, packed one after
-# the other, (N, D). Attention needs the padded form, (B, K, D).
+# Model: a ViT and a causal text transformer. Parameter names and shapes are those of OpenAI CLIP
+# and open_clip, so that weights load strictly in both directions. Captions differ in length, and
+# so do images if --ratio is a range. Padding is not computed: between the attentions the valid
+# tokens lie packed, one image after the other, (N, D). PACKING_NUMBER
 
 class Slots(NamedTuple):
-    """Which slots of a padded batch hold a token: how to get from one form to the other."""
+    """Which slots of a padded batch hold a token: the way from the padded form to the packed one,
+    and back."""
     valid: torch.Tensor   # (B, K) bool
     places: torch.Tensor  # (N,) int64, where the tokens lie among the B * K slots
 
@@ -342,7 +372,8 @@ class Slots(NamedTuple):
     def unpack(self, x):
         """(N, D) -> (B, K, D): the tokens in their slots, zeros in the others."""
         B, K = self.valid.shape
-        return x.new_zeros(B * K, x.shape[1]).index_copy(0, self.places, x).view(B, K, -1)
+        padded = x.new_zeros(B * K, x.shape[1])
+        return padded.index_copy(0, self.places, x).view(B, K, -1)
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
@@ -352,22 +383,30 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """See `Block.forward`."""
+    def heads(self, x, slots=None):
+        """Queries, keys and values, (B, heads, K, 64) each, of x (B, K, D), or (N, D) with its
+        slots."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        if x.ndim == 2:
+        if slots is not None:
             qkv = slots.unpack(qkv)
-        q, k, v = qkv.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)           # (B, heads, K, 64)
-        if rows is not None:
-            row = (q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5).float().softmax(-1)
-            rows.append(row[:, :, 0, 1:].mean(1))                                        # (B, K - 1)
-        if first_only:
-            q = q[:, :, :1]
+        return qkv.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+
+    def mix(self, q, k, v, slots=None, causal=False):
+        """What each query takes from the values, (B, queries, D)."""
         # Causal attention needs no mask: padding follows the valid tokens, which never look ahead.
-        mask = None if slots is None or causal else slots.valid[:, None, None]           # (B, 1, 1, K)
+        mask = None
+        if slots is not None and not causal:
+            mask = slots.valid[:, None, None]                             # (B, 1, 1, K)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = y.transpose(1, 2).flatten(2)                                                 # (B, K, D)
-        return self.out_proj(slots.pack(y) if x.ndim == 2 else y)
+        return y.transpose(1, 2).flatten(2)
+
+    def forward(self, x, slots=None, causal=False):
+        """See `Block.forward`."""
+        q, k, v = self.heads(x, slots)
+        y = self.mix(q, k, v, slots, causal)
+        if slots is not None:
+            y = slots.pack(y)
+        return self.out_proj(y)
 
 class QuickGELU(nn.Module):
     """The approximation of GELU in OpenAI's weights."""
@@ -381,24 +420,32 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width)
-        gelu = QuickGELU() if quick_gelu else nn.GELU()
-        layers = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(layers)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
+            c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """(B, K, D), or (N, D) with its slots -> same shape; with first_only, the first token, (B, 1, D).
-        A list `rows` takes the first token's attention to the others, mean over the heads: (B, K - 1)."""
-        y = self.attn(self.ln_1(x), slots, causal, first_only, rows)
-        x = (x[:, :1] if first_only else x) + y
+    def forward(self, x, slots=None, causal=False):
+        """(B, K, D) -> (B, K, D); or with slots, packed: (N, D) -> (N, D)."""
+        x = x + self.attn(self.ln_1(x), slots, causal)
+        return x + self.mlp(self.ln_2(x))
+
+    def first(self, x, slots=None):
+        """What `forward` makes of the first token of each image, (B, D), and of no other."""
+        q, k, v = self.attn.heads(self.ln_1(x), slots)
+        y = self.attn.out_proj(self.attn.mix(q[:, :, :1], k, v, slots))  # (B, 1, D)
+        if slots is not None:
+            x = slots.unpack(x)
+        x = x[:, 0] + y[:, 0]
         return x + self.mlp(self.ln_2(x))
 
 class Transformer(nn.Module):
     """A stack of blocks."""
-    def __init__(self, config, width, layers):
+    def __init__(self, width, layers, quick_gelu):
         super().__init__()
-        self.grad_checkpointing = config.grad_checkpointing
-        self.resblocks = nn.ModuleList(Block(width, config.quick_gelu) for _ in range(layers))
-        # CLIP's text initialisation: the sum of all residual branches has the scale of a single one.
+        self.resblocks = nn.ModuleList(Block(width, quick_gelu) for _ in range(layers))
+        # CLIP's text initialisation: the sum of all residual branches has the scale of a single
+        # one.
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
@@ -406,28 +453,26 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, x, slots=None, causal=False, first_only=False, rows=None):
-        """As `Block.forward`; with first_only, the last layer computes the first token of each image."""
-        for number, block in enumerate(self.resblocks, 1):
-            only = first_only and number == len(self.resblocks)
-            if only and x.ndim == 2:
-                x = slots.unpack(x)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, slots, causal, only, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, slots, causal, only, rows)
+    def forward(self, x, slots=None, causal=False):
+        """As `Block.forward`."""
+        for block in self.resblocks:
+            x = block(x, slots, causal)
         return x
 
 def resize_positions(position, L):
-    """Positional embeddings of a square grid, stretched to the grid of L patches: (old L, D) -> (L, D)."""
-    side, wanted = math.isqrt(len(position)), math.isqrt(L)
-    if side == wanted:
+    """Positional embeddings of a square grid, stretched to the grid of L patches: (old L, D) ->
+    (L, D)."""
+    old = math.isqrt(len(position))
+    new = math.isqrt(L)
+    if old == new:
         return position
-    position = position.T.view(1, -1, side, side)
-    return F.interpolate(position, (wanted, wanted), mode="bicubic", antialias=True).flatten(2)[0].T
+    grid = position.T.view(1, -1, old, old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    return grid.flatten(2)[0].T
 
 class VisionTransformer(nn.Module):
-    """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches it is given."""
+    """The image tower (Dosovitskiy et al., ICLR 2021). It embeds and encodes only the patches it
+    is given."""
     def __init__(self, config, width, layers, embed_dim):
         super().__init__()
         self.patch_size = config.patch_size
@@ -436,35 +481,44 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(num_patches + 1, width) * width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(config, width, layers)
+        self.transformer = Transformer(width, layers, config.quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
 
     def patch_tokens(self, images, keep=None):
-        """Projections of the patches `keep` (B, K), or of all, plus positional embeddings: (B, K, D)."""
+        """Projections of the patches `keep` (B, K), or of all, plus positional embeddings: (B, K,
+        D)."""
         patches = patchify(images, self.patch_size)
         position = resize_positions(self.positional_embedding[1:], patches.shape[1])  # for --ema-size
         if keep is not None:
+            # From here on only what stays is computed.
             patches = patches.take_along_dim(keep[..., None], dim=1)
             position = F.embedding(keep, position)  # position[keep]'s gradient varies between CPU threads
-        return F.linear(patches, self.conv1.weight.flatten(1)) + position  # conv1, at any subset of positions
+        weight = self.conv1.weight.flatten(1)    # conv1 has no overlap: at one patch it is a matrix
+        return F.linear(patches, weight) + position
 
     def embed(self, images, keep=None):
-        """What enters the first layer: the class token, then the patches `keep` or all: (B, 1 + K, D)."""
+        """What enters the first layer: the class token, then the patches `keep` or all: (B, 1 + K,
+        D)."""
         x = self.patch_tokens(images, keep)
         first = self.class_embedding + self.positional_embedding[0]
-        return self.ln_pre(torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1))
+        first = first.to(x.dtype).expand(len(x), 1, -1)
+        return self.ln_pre(torch.cat([first, x], dim=1))
 
-    def class_token(self, images, keep=None, valid=None, rows=None):
-        """The class token at the end, (B, D); arguments as of `CLIP.encode_image` and `Block.forward`."""
-        x, slots = self.embed(images, keep), None                        # (B, 1 + K, D)
+    def forward(self, images, keep=None, valid=None):
+        """The class token at the end, (B, D); arguments as of `CLIP.encode_image`."""
+        x = self.embed(images, keep)                                     # (B, 1 + K, D)
+        slots = None
         if valid is not None:
-            valid = F.pad(valid, (1, 0), value=True)                     # the class token is always valid
+            valid = F.pad(valid, (1, 0), value=True)               # the class token is always valid
             # nonzero: the CPU waits here, because only the GPU knows how many patches are kept.
             slots = Slots(valid, valid.flatten().nonzero()[:, 0])
             x = slots.pack(x)                                            # (N, D)
-        x = self.transformer(x, slots, first_only=True, rows=rows)       # (B, 1, D)
-        return self.ln_post(x[:, 0])
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x, slots)
+        # FIRST_NUMBER
+        return self.ln_post(last.first(x, slots))                        # (B, D)
 
 class CLIP(nn.Module):
     """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
@@ -472,7 +526,7 @@ class CLIP(nn.Module):
         super().__init__()
         width, layers, text_width, text_layers, embed_dim = tower_sizes(config.model)
         self.visual = VisionTransformer(config, width, layers, embed_dim)
-        self.transformer = Transformer(config, text_width, text_layers)
+        self.transformer = Transformer(text_width, text_layers, config.quick_gelu)
         self.token_embedding = nn.Embedding(config.vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.randn(config.context_length, text_width) * 0.01)
         self.ln_final = nn.LayerNorm(text_width)
@@ -481,104 +535,318 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images, keep=None, valid=None):
-        """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K) are seen.
-        With valid (B, K) bool, slots of `keep` that are not valid have no influence and almost no cost."""
-        return self.visual.class_token(images, keep, valid) @ self.visual.proj
+        """Features (B, E), not normalised, of images (B, 3, H, W); only the patches `keep` (B, K)
+        are seen. With valid (B, K) bool, slots of `keep` that are not valid have no influence and
+        almost no cost."""
+        return self.visual(images, keep, valid) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, the highest id. The rest
-        is not computed: causal attention never looks ahead. Tokens on the CPU save waiting for the GPU."""
-        device, ends = self.text_projection.device, tokens.argmax(1)     # (B,)
+        """Features (B, E), not normalised, of tokens (B, T): the output at <end>, which sees all
+        before it. What comes after <end> is not computed. Tokens stay on the CPU until here: it
+        then knows how many there are without asking the GPU, which would have to finish its work
+        first."""
+        device = self.text_projection.device
+        ends = tokens.argmax(1)                                     # (B,), <end> has the highest id
         T = int(ends.max()) + 1                                          # of the longest caption
-        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T), not needed on the GPU
-        places, last = valid.flatten().nonzero()[:, 0], (ends + 1).cumsum(0) - 1  # last: each <end> in N
-        tokens, places, last = (x.to(device, non_blocking=True) for x in (tokens[:, :T], places, last))
-        x, slots = self.token_embedding(tokens) + self.positional_embedding[:T], Slots(valid, places)
+        valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
+        places = valid.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        slots = Slots(valid, places)                              # of valid, only the shape is used
+        tokens = tokens[:, :T].to(device, non_blocking=True)
+        x = self.token_embedding(tokens) + self.positional_embedding[:T]
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
-        return self.ln_final(x[last]) @ self.text_projection
+        last = (ends + 1).cumsum(0) - 1                        # where each caption ends among the N
+        x = x[last.to(device, non_blocking=True)]                        # (B, D)
+        return self.ln_final(x) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
-        """Image features, text features (B, E), the factor of their cosines, class tokens (B, D)."""
-        token = self.visual.class_token(images, keep, valid)
-        return token @ self.visual.proj, self.encode_text(tokens), self.logit_scale.exp(), token
+        """Image features, text features (B, E), and the factor of their cosines."""
+        return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
 
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower. `attentive` ranks by its attention, BYOL predicts its token.
+# Teacher: the EMA copy of the image tower, whose attention `attentive` ranks. Other masks have
+# none.
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
-    """How much the class token attends to each patch, mean over layers and heads, (B, L), and the class token
-    at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is attention to itself. With
-    size, a multiple of the patch size, the tower looks at images of that side (A-CLIP, efficient version)."""
-    grid, rows = images.shape[-1] // visual.patch_size, []
+    """How much the class token attends to each patch, mean over layers and heads, (B, L), and the
+    class token at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is
+    attention to itself. With size, a multiple of the patch size, the tower looks at images of that
+    side (A-CLIP, efficient version)."""
+    grid = images.shape[-1] // visual.patch_size
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    token = visual.class_token(images, rows=rows)
+    rows = []
+    x = visual.embed(images)                                             # (B, 1 + L, D)
+    for block in visual.transformer.resblocks:
+        # The layer, line by line: scaled_dot_product_attention keeps the attention to itself.
+        q, k, v = block.attn.heads(block.ln_1(x))
+        logits = q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5    # (B, heads, 1, 1 + L)
+        row = logits.float().softmax(-1)
+        rows.append(row[:, :, 0, 1:].mean(1))                            # (B, L)
+        x = x + block.attn.out_proj(block.attn.mix(q, k, v))
+        x = x + block.mlp(block.ln_2(x))
     attention = sum(rows) / len(rows)
     if size:
-        side = size // visual.patch_size
-        attention = F.interpolate(attention.view(-1, 1, side, side), (grid, grid), mode="bilinear").flatten(1)
-    return attention, token
+        small = size // visual.patch_size
+        attention = attention.view(-1, 1, small, small)
+        attention = F.interpolate(attention, (grid, grid), mode="bilinear").flatten(1)
+    return attention, visual.ln_post(x[:, 0])
 
 @torch.no_grad()
 def update_ema(ema, model, progress):
-    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes 0 -> 1."""
+    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes
+    0 -> 1."""
     momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - momentum)
 
 # -----------------------------------------------------------------------------
-# Losses.
+# Loss.
 
 def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 def gather(x):
-    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. The gradient goes to this
-    rank's own part, times world_size, because DDP will take the mean of the ranks' gradients."""
+    """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. All ranks then
+    compute the same loss of all pairs. The gradient goes to this rank's own rows, times
+    world_size, because DDP will take the mean of the ranks' gradients. The temperature needs no
+    factor: each rank has all of its gradient."""
     rank, world_size = ranks()
     if world_size == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x.clone()
+    blocks = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(blocks, x.detach().contiguous())
+    blocks[rank] = x.clone()  # a clone, so that the hook sits on it and not on the caller's tensor
     if x.requires_grad:
-        parts[rank].register_hook(lambda gradient: gradient * world_size)
-    return torch.cat(parts)
+        blocks[rank].register_hook(lambda gradient: gradient * world_size)
+    return torch.cat(blocks)
 
 def clip_loss(image_features, text_features, logit_scale, decoded=None):
-    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks, the same
-    on each. logit_scale multiplies their cosines; pairs that are not decoded (B,) bool are left out."""
-    images, texts = (gather(F.normalize(x, dim=-1)) for x in (image_features, text_features))
-    known = torch.ones_like(images[:, 0], dtype=torch.bool) if decoded is None else gather(decoded)
-    labels = torch.arange(len(known), device=known.device).where(known, -100)  # cross_entropy skips -100
-    both = ((logit_scale * rows @ columns.T).masked_fill(~known, -math.inf)
-            for rows, columns in ((images, texts), (texts, images)))           # (world_size * B, E) each
-    loss = sum(F.cross_entropy(logits, labels, reduction="sum") for logits in both) / 2
-    return loss / known.sum().clamp(min=1)
+    """Symmetric cross entropy (Radford et al. 2021, figure 3) of the features (B, E) of all ranks,
+    the same on each. logit_scale multiplies their cosines; pairs that are not decoded (B,) bool
+    are left out."""
+    images = gather(F.normalize(image_features, dim=-1))              # (N, E), N pairs of all ranks
+    texts = gather(F.normalize(text_features, dim=-1))
+    if decoded is None:
+        decoded = torch.ones(len(image_features), dtype=torch.bool, device=image_features.device)
+    decoded = gather(decoded)                                            # (N,)
+    logits = logit_scale * images @ texts.T                              # (N, N)
+    # A pair that does not decode has no say: cross_entropy skips the label -100, and at -inf
+    # nobody takes it for an answer.
+    labels = torch.arange(len(logits), device=logits.device).where(decoded, -100)
+    per_image = F.cross_entropy(logits.masked_fill(~decoded, -math.inf), labels, reduction="sum")
+    per_text = F.cross_entropy(logits.T.masked_fill(~decoded, -math.inf), labels, reduction="sum")
+    return (per_image + per_text) / 2 / decoded.sum().clamp(min=1)
 
 # -----------------------------------------------------------------------------
-# Two views (A-CLIP, SLIP); a student may skip this chapter. With --views 2, each image is cropped twice, and
-# the CLIP loss is the mean over both views. --contrast compares the views: heads see the class tokens of all
-# ranks and passes, everywhere alike and outside DDP, so that batch norm is that of the whole global batch.
+# Optimizer.
+
+def make_optimizer(config, *modules):
+    """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other
+    vectors."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+# -----------------------------------------------------------------------------
+# One step: `train_step` is all of it. Three things change as a run goes on: the learning rate,
+# alpha (how much embeddings count in pgs and cluster), and at its end the masks may go. What None
+# means here:
+#
+#     noise          this step sees whole images: --mask none, or the last, unmasked epochs
+#     keep           the encoder sees all patches
+#     valid          all K slots of keep hold a patch, as with one --ratio; a range leaves some empty
+#     embeddings     this mask compares pixels alone
+#     attention, ema this mask needs no teacher: any but attentive
+
+def learning_rate(config, step, total_steps):
+    """Linear to config.lr over the warm-up, then a cosine to 0; step counts from 0."""
+    warmup = min(config.warmup, total_steps // 5)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
+
+def alpha_at(progress):
+    """The weight of embeddings in the similarity at this progress, in [0, 1], of a run: untrained
+    embeddings say nothing, so it starts at 0 and grows linearly (ours; the releases: epoch /
+    32)."""
+    return progress
+
+def end_of_masks(config, total_steps, steps_per_epoch):
+    """The step from which on images are whole: --unmasked-epochs before the end, at most half of
+    the run."""
+    if config.mask == "none":
+        return 0
+    return total_steps - min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
+
+def step_noise(config, step, global_batch, device):
+    """This rank's part of the mask noise: (B, 2, L), uniform in [0, 1), from the run's seed and
+    the step. Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor
+    on --accum."""
+    rank, world_size = ranks()
+    L = (config.image_size // config.patch_size) ** 2
+    seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.rand(global_batch, 2, L, generator=generator, device=device)
+    return noise.chunk(world_size)[rank]
+
+def autocast(config, device):
+    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+@torch.no_grad()
+def choose_patches(config, visual, ema, images, noise, progress):
+    """keep (B, K), valid (B, K) or None, see `make_mask`, of images (B, 3, H, W); without noise
+    twice None."""
+    if noise is None:
+        return None, None
+    embeddings, attention = None, None
+    if config.mask in ("cluster", "pgs") and config.embeddings:
+        embeddings = visual.patch_tokens(images)                         # (B, L, D)
+    if config.mask == "attentive":
+        attention, _ = class_attention(ema, images, config.ema_size)     # (B, L)
+    return make_mask(config.mask, images, config.ratio, patch_size=config.patch_size, noise=noise,
+                     alpha=alpha_at(progress), embeddings=embeddings, attention=attention,
+                     edges=config.edges, transport=config.transport)
+
+def train_step(config, clip, model, optimizer, batch, noise, progress, ema=None):
+    """One update on a local batch, a `data.Batch`: (numbers of this rank for the log, keep,
+    valid). model is clip, or clip in DDP. progress: the share of the run that is done. The CPU
+    only gives orders here and reads nothing back from the GPU (a range of ratios: once), so that
+    the GPU always has work to do; the loop waits for it once a step, for the log."""
+    device = clip.logit_scale.device
+    images = data.normalize(batch.images.to(device, non_blocking=True))               # (B, 3, H, W)
+    decoded = batch.decoded.to(device, non_blocking=True)                                   # (B,)
+    with autocast(config, device):
+        keep, valid = choose_patches(config, clip.visual, ema, images, noise, progress)     # (B, K)
+        image_features, text_features, scale = model(images, batch.tokens, keep, valid)     # (B, E)
+    loss = clip_loss(image_features.float(), text_features.float(), scale, decoded)
+    loss.backward()
+    grad_norm = update(config, clip, optimizer)
+    if ema is not None:
+        update_ema(ema, clip.visual, progress)
+    return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
+
+def update(config, clip, optimizer):
+    """AdamW's step; returns the norm of the gradient before it was clipped, or None without
+    --grad-clip."""
+    grad_norm = None
+    if config.grad_clip:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():  # CLIP's limit of 100, after the step: a clamp in forward has no gradient beyond it
+        clip.logit_scale.clamp_(max=math.log(100))
+    return grad_norm
+
+def step_numbers(config, clip, loss, grad_norm, keep, valid):
+    """What the log says of a step. kept: the share of patches that the encoder saw, mean over the
+    images."""
+    kept = 1.0
+    if keep is not None:
+        kept = keep.shape[-1] / (config.image_size // config.patch_size) ** 2
+    if valid is not None:
+        kept = kept * valid.float().mean()
+    numbers = {"loss": loss.detach(), "logit_scale": clip.logit_scale.detach().exp(), "kept": kept}
+    if grad_norm is not None:
+        numbers["grad_norm"] = grad_norm
+    return numbers
+
+# -----------------------------------------------------------------------------
+# Many passes (--accum). Skip this chapter unless a batch does not fit your GPU. The loss compares
+# every image with every caption, so a large batch cannot simply be cut into small ones whose
+# gradients are added. GradCache (Gao et al. 2021) does it exactly, for the price of a second
+# forward pass: features of all passes without gradient; the loss and its gradient at the features;
+# each pass again, backward from that gradient.
+
+def backward_in_passes(model, features, num_passes, loss_of):
+    """Adds the gradient of the whole batch's loss to the parameters; returns the loss. features(i)
+    computes those of pass i: tensors (b, ...), and last the temperature, which all passes
+    share."""
+    with torch.no_grad():
+        found = [features(i) for i in range(num_passes)]
+    *whole, scales = zip(*found)
+    whole = [torch.cat(tensors).requires_grad_() for tensors in whole]   # (B, ...) each
+    scale = scales[0].requires_grad_()
+    loss = loss_of(*whole, scale)
+    loss.backward()                                                      # as far as the features
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
+    gradients = [x.chunk(num_passes) for x in gradients]
+    for i in range(num_passes):
+        # DDP averages gradients over the ranks at the end of a backward pass: once, in the last,
+        # is enough. The gradient of the temperature belongs to all passes: it, too, goes in once.
+        is_last = i == num_passes - 1
+        model.require_backward_grad_sync = is_last
+        at_pass = [x[i] for x in gradients]
+        torch.autograd.backward(features(i), [*at_pass, scale.grad * is_last])
+    return loss.detach()
+
+def joined(tensors):
+    """The passes' tensors as one, or None if they are None."""
+    return None if tensors[0] is None else torch.cat(tensors)
+
+def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress, ema=None):
+    """The update of `train_step` and what it returns, in --accum passes."""
+    device = clip.logit_scale.device
+    images = batch.images.to(device, non_blocking=True)  # as bytes: floats of the whole batch are too large
+    decoded = batch.decoded.to(device, non_blocking=True)
+    images = images.chunk(config.accum)
+    tokens = batch.tokens.chunk(config.accum)
+    noises = [None] * config.accum if noise is None else noise.chunk(config.accum)
+    keep, valid = [], []
+    for i in range(config.accum):
+        with autocast(config, device):
+            mask = choose_patches(config, clip.visual, ema, data.normalize(images[i]), noises[i], progress)
+        keep.append(mask[0])
+        valid.append(mask[1])
+
+    def features(i):
+        with autocast(config, device):
+            image, text, scale = model(data.normalize(images[i]), tokens[i], keep[i], valid[i])
+        return image.float(), text.float(), scale
+
+    loss = backward_in_passes(model, features, config.accum, partial(clip_loss, decoded=decoded))
+    grad_norm = update(config, clip, optimizer)
+    if ema is not None:
+        update_ema(ema, clip.visual, progress)
+    keep, valid = joined(keep), joined(valid)
+    return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
+
+# -----------------------------------------------------------------------------
+# Two views (A-CLIP, SLIP). Skip this chapter unless you compare methods. With --views 2, each
+# image is cropped twice, both views are masked, and the CLIP loss is the mean over both.
+# --contrast compares the views: heads see the class tokens of all ranks and passes, everywhere
+# alike and outside DDP, so that batch norm is that of the whole global batch. In this chapter V is
+# the number of views, 2, and N the pairs of all ranks.
 
 def nt_xent(a, b, temperature=0.1):
-    """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not normalised.
-    Each of the 2N views has to find the other view of its image among the 2N - 1 other views: the mean."""
-    z, N = F.normalize(torch.cat([a, b]), dim=-1), len(a)                # (2N, E)
-    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)           # no view is compared with itself
+    """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not
+    normalised. Each of the 2N views has to find the other view of its image among the 2N - 1 other
+    views: the mean."""
+    N = len(a)
+    z = F.normalize(torch.cat([a, b]), dim=-1)                           # (2N, E)
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)     # no view is compared with itself
     return F.cross_entropy(logits, torch.arange(2 * N, device=a.device).roll(N))
 
 def byol(prediction, target):
-    """BYOL's loss (Grill et al. 2020): mean 2 - 2 cos of features (N, E); the target gets no gradient."""
+    """BYOL's loss (Grill et al. 2020): mean 2 - 2 cos of features (N, E); the target gets no
+    gradient."""
     return (2 - 2 * F.cosine_similarity(prediction, target.detach(), dim=-1)).mean()
 
 def head(*widths):
-    """Linear layers of these widths with batch norm and ReLU between; batch norm needs no bias before it."""
-    *hidden, last = itertools.pairwise(widths)
-    layers = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in hidden]
-    return nn.Sequential(*itertools.chain(*layers), nn.Linear(*last))
+    """Linear layers of these widths with batch norm and ReLU between; batch norm needs no bias
+    before it."""
+    layers = []
+    for before, after in zip(widths, widths[1:-1]):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 class Heads(nn.Module):
     """What --contrast trains beside the towers; for ViT-B the widths are A-CLIP's."""
@@ -586,171 +854,189 @@ class Heads(nn.Module):
         super().__init__()
         D = tower_sizes(config.model)[0]
         wide = 4096 if D >= 768 else 4 * D
+        self.contrast = config.contrast
         if "simclr" in config.contrast:
             self.simclr = head(D, wide, wide, 256)
         if "byol" in config.contrast:
-            self.projector, self.predictor = head(D, wide, 256), head(256, wide, 256)
+            self.projector = head(D, wide, 256)
+            self.predictor = head(256, wide, 256)
             self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
-    def forward(self, tokens, taught, decoded):
-        """The losses of class tokens (2, B, D) and the teacher's (B, D), of all ranks, without the pairs that
-        are not decoded (B,) bool; weighted as in A-CLIP's release."""
-        known, loss = gather(decoded), 0
-        tokens = [gather(token)[known] for token in tokens]                           # (N, D) of each view
-        if hasattr(self, "simclr"):
-            loss = loss + nt_xent(*(self.simclr(token) for token in tokens))
-        if hasattr(self, "projector"):  # 2.0 times the mean of both views
-            target = self.teacher(gather(taught)[known])
-            loss = loss + sum(byol(self.predictor(self.projector(token)), target) for token in tokens)
+    def forward(self, class_tokens, taught, decoded):
+        """The sum of the losses between the class tokens (B, 2, D) of two views, weighted as in
+        A-CLIP's release. taught (B, D): the EMA encoder's class tokens, for BYOL. All ranks
+        together, without the pairs that are not decoded (B,) bool; they have to be counted, so the
+        CPU waits for the GPU."""
+        decoded = gather(decoded)
+        first = gather(class_tokens[:, 0])[decoded]                      # (N, D)
+        second = gather(class_tokens[:, 1])[decoded]
+        loss = 0
+        if "simclr" in self.contrast:
+            loss = loss + nt_xent(self.simclr(first), self.simclr(second))
+        if "byol" in self.contrast:
+            target = self.teacher(gather(taught)[decoded])
+            for view in (first, second):  # the sum of both views: 2.0 times the mean
+                loss = loss + byol(self.predictor(self.projector(view)), target)
         return loss
 
+class TwoViews(nn.Module):
+    """CLIP as this chapter needs it, with class tokens; DDP wraps it in place of CLIP."""
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images, tokens, keep, valid):
+        """Of images (b, 2, 3, H, W): class tokens (b, 2, D), image features (b, 2, E), then text
+        features (b, E) and the factor of the cosines. keep, valid (b, 2, K) or None."""
+        if keep is not None:
+            keep = keep.flatten(0, 1)
+        if valid is not None:
+            valid = valid.flatten(0, 1)
+        class_tokens = self.clip.visual(images.flatten(0, 1), keep, valid).unflatten(0, (-1, 2))
+        image_features = class_tokens @ self.clip.visual.proj
+        return class_tokens, image_features, self.clip.encode_text(tokens), self.clip.logit_scale.exp()
+
 def cut_attention(attention, boxes, side):
-    """Attention (B, L), cut to boxes (B, 4) of left, top, right, bottom in [0, 1]: (B, side ** 2)."""
-    centers = (torch.arange(side, device=attention.device) + 0.5) / side              # of the part's patches
-    x, y = (boxes[:, i, None] + centers * (boxes[:, i + 2] - boxes[:, i])[:, None] for i in (0, 1))
-    where = torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), dim=-1)    # (B, side, side, 2)
-    full = attention.view(len(attention), 1, math.isqrt(attention.shape[1]), -1)
-    return F.grid_sample(full, 2 * where.to(full) - 1, padding_mode="border", align_corners=False).flatten(1)
-
-# -----------------------------------------------------------------------------
-# Optimizer and schedule.
-
-def make_optimizer(config, *modules):
-    """AdamW with CLIP's betas and eps; decay on matrices only, not on biases, norms, other vectors."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-def learning_rate(step, total_steps, peak, warmup):
-    """Linear to `peak` over the warm-up, then a cosine to 0; step counts from 0."""
-    warmup = min(warmup, total_steps // 5)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
-
-# -----------------------------------------------------------------------------
-# One step: noise, masks, features, loss, gradients, update. V is the number of views, 1 or 2.
-
-def step_noise(config, step, global_batch, device):
-    """This rank's part of the mask noise: (V, B, 2, L), uniform in [0, 1), from the run's seed and the step.
-    Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor on --accum."""
-    (rank, world_size), L = ranks(), (config.image_size // config.patch_size) ** 2
-    seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
-    generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.rand(global_batch, config.views, 2, L, generator=generator, device=device)
-    return noise.chunk(world_size)[rank].transpose(0, 1)
-
-def autocast(config, device):
-    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-def parts_of(config, batch):
-    """The slices of a local batch that go through the towers one after the other, --accum of them."""
-    size = batch // config.accum
-    return [slice(first, first + size) for first in range(0, batch, size)]
+    """(B, side ** 2): of attention (B, L) to the patches of pictures, what falls on the patches of
+    cut-outs. boxes (B, 4) say where these lie: left, top, right, bottom in [0, 1]."""
+    left, top, right, bottom = boxes.to(attention).unbind(1)             # (B,) each
+    centers = (torch.arange(side, device=attention.device) + 0.5) / side  # of the cut-out's patches
+    x = left[:, None] + centers * (right - left)[:, None]                # (B, side), in the picture
+    y = top[:, None] + centers * (bottom - top)[:, None]
+    x = x[:, None, :].expand(-1, side, -1)                               # (B, side, side)
+    y = y[:, :, None].expand(-1, -1, side)
+    where = 2 * torch.stack([x, y], dim=-1) - 1                    # grid_sample counts from -1 to 1
+    grid = math.isqrt(attention.shape[1])
+    full = attention.view(-1, 1, grid, grid)
+    return F.grid_sample(full, where, padding_mode="border", align_corners=False).flatten(1)
 
 @torch.no_grad()
-def teach(config, ema, images, boxes):
-    """The EMA encoder's attention to the patches of each view, (V, B, L), and its class token, (B, D). It
-    sees the last of images: (V + 1, B, 3, H, W) uint8, the views are boxes (V, B, 4) of it; or one view."""
-    with autocast(config, images.device):
-        seen = [class_attention(ema, data.normalize(images[-1, part]), config.ema_size)
-                for part in parts_of(config, images.shape[1])]
-    attention, taught = map(torch.cat, zip(*seen))
-    side, cuts = config.image_size // config.patch_size, boxes if len(images) > 1 else ()
-    views = [cut_attention(attention, box, side) for box in cuts] or [attention]
-    return torch.stack(views), taught.float()
+def choose_patches_of_views(config, visual, ema, images, boxes, noise, progress):
+    """As `choose_patches`, of images (b, 3, 3, H, W): two views and the whole around them, in
+    which they lie in boxes (2, b, 4). Returns keep (b, 2, K), valid (b, 2, K) or None, and the EMA
+    encoder's class token of the whole, (b, D), or None: it looks once, and its attention is cut to
+    each view."""
+    attention, taught = None, None
+    if ema is not None and (noise is not None or "byol" in config.contrast):
+        attention, taught = class_attention(ema, images[:, 2], config.ema_size)
+        taught = taught.float()
+    if noise is None:
+        return None, None, taught
+    keep, valid = [], []
+    for view in (0, 1):
+        pixels = images[:, view]
+        embeddings, seen = None, None
+        if config.mask in ("cluster", "pgs") and config.embeddings:
+            embeddings = visual.patch_tokens(pixels)
+        if config.mask == "attentive":
+            seen = cut_attention(attention, boxes[view], config.image_size // config.patch_size)
+        mask = make_mask(config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[:, view],
+                         alpha=alpha_at(progress), embeddings=embeddings, attention=seen, edges=config.edges,
+                         transport=config.transport)
+        keep.append(mask[0])
+        valid.append(mask[1])
+    return torch.stack(keep, dim=1), None if valid[0] is None else torch.stack(valid, dim=1), taught
 
-@torch.no_grad()
-def batch_masks(config, visual, attention, images, noise, alpha):
-    """keep (V, B, K), valid (V, B, K) or None of images (V, B, 3, H, W) uint8 with noise (V, B, 2, L)."""
-    masks, mixed = [], config.embeddings and config.mask in ("cluster", "pgs")
-    with autocast(config, images.device):
-        for part in itertools.product(range(config.views), parts_of(config, images.shape[1])):
-            pixels = data.normalize(images[part])  # again for the towers: floats are too large to keep
-            masks.append(make_mask(
-                config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[part],
-                embeddings=visual.patch_tokens(pixels) if mixed else None, alpha=alpha, edges=config.edges,
-                attention=None if attention is None else attention[part], transport=config.transport))
-    return [None if x[0] is None else torch.cat(x).unflatten(0, (config.views, -1)) for x in zip(*masks)]
-
-def gradients(config, model, heads, images, tokens, keep, valid, decoded, taught):
-    """Adds the gradients of the whole batch's loss to the parameters, in --accum passes; returns the loss.
-    images (V, B, 3, H, W) uint8, tokens (B, T), keep, valid (V, B, K) or None, decoded (B,), taught (B, D).
-    One pass: forward, loss, backward. More passes (GradCache, Gao et al. 2021), exactly the same: features of
-    all parts without gradient, the loss and its gradient at them, each part again, backward from there."""
-    def features(part):
-        with autocast(config, images.device):
-            pixels, *masks = (x if x is None else x[:, part].flatten(0, 1) for x in (images, keep, valid))
-            image, text, scale, token = model(data.normalize(pixels), tokens[part], *masks)
-        image, token = (x.float().unflatten(0, (config.views, -1)) for x in (image, token))
-        return image, text.float(), scale, token         # (V, b, E), (b, E), (), (V, b, D)
-
-    parts = parts_of(config, images.shape[1])
-    with torch.set_grad_enabled(config.accum == 1):
-        image, text, scale, token = zip(*(features(part) for part in parts))
-    cached = torch.cat(image, dim=1), torch.cat(text), scale[0], torch.cat(token, dim=1)
-    image, text, scale, token = (x.requires_grad_() for x in cached)
-    loss = sum(clip_loss(view, text, scale, decoded) for view in image) / config.views
-    if heads:
-        loss = loss + heads(token, taught, decoded)
-    loss.backward()
-    if config.accum > 1:
-        image, text, scale, token = (torch.zeros_like(x) if x.grad is None else x.grad for x in cached)
-        for part in parts:
-            # DDP averages gradients over the ranks at the end of a backward pass: once, in the last, is
-            # enough. The gradient of the temperature belongs to all parts: it, too, goes in once.
-            last = model.require_backward_grad_sync = part is parts[-1]
-            grads = image[:, part], text[part], scale * last, token[:, part]
-            torch.autograd.backward(features(part), grads)
-    return loss.detach()
-
-def train_step(config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha):
-    """One update on a local batch: (numbers of this rank for the log, keep, valid).
-    Arguments as for `teach`, `batch_masks` and `gradients`; tokens stay on the CPU. noise=None: whole images.
-    At a fixed ratio the CPU never waits for the GPU; with a range or heads it waits once per pass."""
-    clip, keep, valid, attention, taught = getattr(model, "module", model), None, None, None, None
+def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
+    """The update of `train_step` with two views, in one pass or many. batch.images is (3, B, 3, H,
+    W), noise (2B, 2, L), model TwoViews(clip) or that in DDP; ema is there for attentive and for
+    BYOL, heads for --contrast. With heads the CPU waits for the GPU two or three times."""
     device = clip.logit_scale.device
-    images, boxes, decoded = (x.to(device, non_blocking=True) for x in (images, boxes, decoded))
-    if ema and (noise is not None or config.contrast):
-        attention, taught = teach(config, ema, images, boxes)
-    images = images[:config.views]
+    images = batch.images.to(device, non_blocking=True).transpose(0, 1)            # (B, 3, 3, H, W)
+    boxes = batch.boxes.to(device, non_blocking=True)                               # (2, B, 4)
+    decoded = batch.decoded.to(device, non_blocking=True)                           # (B,)
+    images = images.chunk(config.accum)
+    boxes = boxes.chunk(config.accum, dim=1)
+    tokens = batch.tokens.chunk(config.accum)
+    noises = [None] * config.accum
     if noise is not None:
-        keep, valid = batch_masks(config, clip.visual, attention, images, noise, alpha)
-    numbers = {"loss": gradients(config, model, heads, images, tokens, keep, valid, decoded, taught)}
-    if config.grad_clip:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():  # CLIP's limit of 100, after the step: a clamp in forward has no gradient beyond it
-        clip.logit_scale.clamp_(max=math.log(100))
-    if ema:
-        update_ema(ema, clip.visual, alpha)
+        noises = noise.unflatten(0, (-1, 2)).chunk(config.accum)                 # (b, 2, 2, L) each
+    keep, valid, taught = [], [], []
+    for i in range(config.accum):
+        with autocast(config, device):
+            found = choose_patches_of_views(config, clip.visual, ema, data.normalize(images[i]), boxes[i],
+                                            noises[i], progress)
+        keep.append(found[0])
+        valid.append(found[1])
+        taught.append(found[2])
+    taught = joined(taught)
+
+    def features(i):
+        pixels = data.normalize(images[i][:, :2])                                  # (b, 2, 3, H, W)
+        with autocast(config, device):
+            class_tokens, image, text, scale = model(pixels, tokens[i], keep[i], valid[i])
+        return class_tokens.float(), image.float(), text.float(), scale
+
+    def loss_of(class_tokens, image, text, scale):
+        loss = (clip_loss(image[:, 0], text, scale, decoded) + clip_loss(image[:, 1], text, scale, decoded)) / 2
+        if heads is not None:
+            loss = loss + heads(class_tokens, taught, decoded)
+        return loss
+
+    if config.accum == 1:
+        loss = loss_of(*features(0))
+        loss.backward()
+    else:
+        loss = backward_in_passes(model, features, config.accum, loss_of)
+    grad_norm = update(config, clip, optimizer)
+    if ema is not None:
+        update_ema(ema, clip.visual, progress)
     if "byol" in config.contrast:
-        update_ema(heads.teacher, heads.projector, alpha)
-    share = 1.0 if keep is None else keep.shape[-1] / (config.image_size // config.patch_size) ** 2
-    kept = share if valid is None else share * valid.float().mean()  # of the patches, mean over the batch
-    return numbers | {"logit_scale": clip.logit_scale.detach().exp(), "kept": kept}, keep, valid
+        update_ema(heads.teacher, heads.projector, progress)
+    keep, valid = joined(keep), joined(valid)
+    numbers = step_numbers(config, clip, loss, grad_norm, keep, valid)
+    if keep is not None:
+        keep = keep[:, 0]  # the picture of masks shows the first view
+    if valid is not None:
+        valid = valid[:, 0]
+    return numbers, keep, valid
 
 # -----------------------------------------------------------------------------
-# The run, which `prepare` returns: everything around the steps. Order, crops and masks depend only on seed
-# and step. So no random generator is saved, and a resumed run continues as if it had never stopped.
+# The run: everything around the steps. Order, crops and masks depend only on seed and step. So no
+# random generator is saved, and a resumed run continues as if it had never stopped.
+
+@dataclass
+class Run:
+    """What a training process holds."""
+    config: Config
+    device: torch.device
+    shards: list              # paths
+    index: np.ndarray         # (number of samples,) of data.INDEX
+    tokenizer: data.Tokenizer
+    chances: dict             # of --text-tokens: {word: its chance to go first}
+    clip: CLIP
+    model: nn.Module          # what a step calls: clip, TwoViews(clip), or one of them in DDP
+    optimizer: torch.optim.Optimizer
+    ema: Any                  # the teacher, a VisionTransformer, or None
+    heads: Any                # of --contrast, or None
+    train_step: Any           # one of the three functions above
+    global_batch: int         # images per step, of all ranks
+    steps_per_epoch: int      # the last, incomplete batch is dropped
+    total_steps: int
+    masked_steps: int         # see end_of_masks
+    step: int                 # how many are done
+    record: Any               # the last line of the log, or None
+    lock: Any                 # see claim; rank 0 alone has it
 
 def claim(config):
-    """Makes --out the folder of this run; returns a file that is locked until this process ends. ValueError
-    if another process trains there, or if it holds the checkpoint of a run that we do not go on with."""
-    os.makedirs(config.out, exist_ok=True)
-    path, lock = f"{config.out}/ckpt.pt", open(f"{config.out}/.lock", "w")
+    """Makes --out the folder of this run; returns a file that is locked until this process ends.
+    ValueError if another process trains there, or if it holds the checkpoint of a run that we do
+    not go on with."""
+    lock = open(f"{config.out}/.lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # any other error: the file system cannot lock
         raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
+    path = f"{config.out}/ckpt.pt"
     if os.path.exists(path) and not (config.resume and os.path.samefile(config.resume, path)):
         then = evaluate.read_checkpoint(path)
-        run = f"run (mask {then['config']['mask']}, step {then['step']})" if "merges" in then else "ckpt.pt"
-        raise ValueError(f"--out {config.out}: holds a {run}; go on by --resume, or name another --out")
+        holds = "ckpt.pt"
+        if "merges" in then:
+            holds = f"run (mask {then['config']['mask']}, step {then['step']})"
+        way = "go on by --resume, or name another --out"
+        if config.resume:
+            way = f"--resume alone goes on with it; to go on from {config.resume} name another --out"
+        raise ValueError(f"--out {config.out}: holds a {holds}; {way}")
     return lock
 
 def load_data(config):
@@ -761,140 +1047,224 @@ def load_data(config):
     if not config.data:
         data.make_demo("demo")
     shards = data.expand(config.data or ("demo/train/*.tar",))
-    index, warnings = data.build_index(shards, config.max_bad, config.out, config.workers, ranks()[0] == 0)
+    rank, _ = ranks()
+    index, warnings = data.build_index(shards, config.max_bad, config.out, config.workers, rank == 0)
     if dist.is_initialized() and first:
         dist.barrier()
-    for line in warnings if ranks()[0] == 0 else ():
-        print("warning:", line)
+    if rank == 0:
+        for line in warnings:
+            print("warning:", line)
     return shards, index
 
+def load_tokenizer(config, state, shards, index):
+    """The tokenizer of the checkpoint, of --vocab, or one that learns its merges from the
+    captions."""
+    if state:
+        return data.Tokenizer(state["merges"], config.context_length)
+    if config.vocab:
+        return data.Tokenizer.from_file(config.vocab, config.context_length)
+    rank, _ = ranks()
+    num_merges = config.vocab_size - data.Tokenizer("").vocab_size
+    captions = data.sample_captions(shards, index)
+    return data.Tokenizer(data.learn_merges(captions, num_merges, progress=rank == 0), config.context_length)
+
 def build(config, state, device):
-    """(clip, model, optimizer, ema, heads): new ones, or as the checkpoint `state` has them. model is clip,
-    in DDP if there are several ranks; ema is the teacher or None, heads are those of --contrast or None."""
-    torch.manual_seed(config.seed)
+    """(clip, model, optimizer, ema, heads), see Run: new ones, or as the checkpoint `state` has
+    them."""
+    torch.manual_seed(config.seed)  # on all ranks: heads, which are outside DDP, then start alike everywhere
     clip = CLIP(config).to(device)
     heads = Heads(config).to(device) if config.contrast else None
     if state:
-        name, L = "visual.positional_embedding", (config.image_size // config.patch_size) ** 2
-        position = state["model"][name]
-        if not config.resume:  # --init, perhaps at another --image-size
-            position = torch.cat([position[:1], resize_positions(position[1:], L)])
+        weights = dict(state["model"])
+        if config.init and not config.resume:  # perhaps at another --image-size
+            name = "visual.positional_embedding"
+            grid = resize_positions(weights[name][1:], (config.image_size // config.patch_size) ** 2)
+            weights[name] = torch.cat([weights[name][:1], grid])
         try:
-            clip.load_state_dict(state["model"] | {name: position})
+            clip.load_state_dict(weights)
         except RuntimeError as error:
             cause = str(error).splitlines()[-1].strip()
             raise ValueError(f"{config.resume or config.init}: does not fit this model: {cause}") from None
-    optimizer = make_optimizer(config, clip, *([heads] if heads else []))
-    ema = copy.deepcopy(clip.visual) if config.mask == "attentive" or "byol" in config.contrast else None
-    for part, name in ((optimizer, "optimizer"), (ema, "ema"), (heads, "heads")):
-        if part and state.get(name):
-            part.load_state_dict(state[name])
+    ema = None
+    if config.mask == "attentive" or "byol" in config.contrast:
+        ema = copy.deepcopy(clip.visual)
+    optimizer = make_optimizer(config, clip, *filter(None, [heads]))
+    if state.get("optimizer"):
+        optimizer.load_state_dict(state["optimizer"])
+    if ema is not None and state.get("ema"):
+        ema.load_state_dict(state["ema"])
+    if heads is not None and state.get("heads"):
+        heads.load_state_dict(state["heads"])
     if config.compile:
         torch._dynamo.config.cache_size_limit = 32  # versions of a function: we need 12, the default is 8
         for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
             block.compile()
-    # No device_ids: with them DDP would copy the tokens to the GPU, and we want them on the CPU.
-    return clip, nn.parallel.DistributedDataParallel(clip) if ranks()[1] > 1 else clip, optimizer, ema, heads
+    model = TwoViews(clip) if config.views == 2 else clip
+    _, world_size = ranks()
+    if world_size > 1:  # no device_ids: with them DDP would copy the tokens to the GPU
+        model = nn.parallel.DistributedDataParallel(model)
+    return clip, model, optimizer, ema, heads
+
+def check_ranks_agree(run):
+    """ValueError if another rank has another state, data or options, as on machines without a
+    shared disk."""
+    rank, world_size = ranks()
+    if world_size == 1:
+        return
+    options = asdict(run.config)
+    for name in ("data", "val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
+        del options[name]
+    mine = {"steps done": run.step, "samples": len(run.index), "options": options,
+            "merges": zlib.crc32(run.tokenizer.merges.encode())}
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    for number, theirs in enumerate(everyone):
+        for what, value in everyone[0].items():
+            if theirs[what] != value:
+                raise ValueError(f"rank {number} has {what} {theirs[what]}, rank 0 has {value}: "
+                                 "all machines need the same command, shards and checkpoint")
 
 def prepare(config, state, device):
-    """A run, new or as the checkpoint `state` has it. Checks what can be checked before work starts."""
-    for folder in sorted({*config.val} - {*DEMO["val"]}):  # the demo's may have yet to be drawn
-        evaluate.read_folder(folder)
-    run = SimpleNamespace(config=config, device=device, step=state.get("step", 0), record=state.get("record"))
-    run.lock = claim(config) if ranks()[0] == 0 else None
-    shards, index = run.shards, run.index = load_data(config)
-    run.global_batch = config.batch_size * config.accum * ranks()[1]
-    if run.global_batch > len(index):
-        raise ValueError(f"--batch-size: {run.global_batch} images per step, but only {len(index)} samples")
-    for name, now, what in (("global_batch", run.global_batch, "images per step (ranks x batch x accum)"),
-                            ("num_samples", len(index), "samples")):
-        if state.get(name, now) != now:
-            raise ValueError(f"--resume {config.resume}: had {state[name]} {what}, now there are {now}")
-    if config.vocab and not state:
-        run.tokenizer = data.Tokenizer.from_file(config.vocab, config.context_length)
+    """A run, new or as the checkpoint `state` has it. Checks what can be checked before work
+    starts."""
+    rank, world_size = ranks()
+    for folder in config.val:
+        if folder not in DEMO["val"]:  # the demo's may have yet to be drawn
+            evaluate.read_folder(folder)
+    os.makedirs(config.out, exist_ok=True)  # each machine keeps an index there
+    lock = claim(config) if rank == 0 else None
+    shards, index = load_data(config)
+    global_batch = config.batch_size * config.accum * world_size
+    if global_batch > len(index):
+        raise ValueError(f"--batch-size: {global_batch} images per step, but only {len(index)} samples")
+    if state.get("global_batch", global_batch) != global_batch:
+        raise ValueError(f"--resume {config.resume}: had {state['global_batch']} images per step "
+                         f"(ranks x batch x accum), now there are {global_batch}")
+    if state.get("num_samples", len(index)) != len(index):
+        raise ValueError(f"--resume {config.resume}: had {state['num_samples']} samples, now there are "
+                         f"{len(index)}")
+    steps_per_epoch = len(index) // global_batch
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    step = state.get("step", 0)
+    if step > total_steps:
+        raise ValueError(f"--resume {config.resume}: step {step} is done, {total_steps} were asked for; "
+                         "raise --epochs or --steps")
+    tokenizer = load_tokenizer(config, state, shards, index)
+    config.vocab_size = tokenizer.vocab_size
+    chances = {}
+    if config.text_tokens:
+        chances = data.word_chances(data.sample_captions(shards, index))
+    clip, model, optimizer, ema, heads = build(config, state, device)
+    if config.views == 2:
+        step_function = partial(two_view_step, heads=heads)
     else:
-        merges = state["merges"] if state else data.learn_merges(
-            data.sample_captions(shards, index), config.vocab_size - 514, progress=ranks()[0] == 0)
-        run.tokenizer = data.Tokenizer(merges, config.context_length)
-    config.vocab_size = run.tokenizer.vocab_size
-    run.chances = data.word_chances(data.sample_captions(shards, index)) if config.text_tokens else {}
-    run.clip, run.model, run.optimizer, run.ema, run.heads = build(config, state, device)
-    per_epoch = run.steps_per_epoch = len(index) // run.global_batch  # the last, incomplete batch is dropped
-    run.total_steps = config.steps or config.epochs * per_epoch
-    run.num_epochs = math.ceil(run.total_steps / per_epoch)
-    run.masked_steps = run.total_steps - min(round(config.unmasked_epochs * per_epoch), run.total_steps // 2)
+        step_function = train_step if config.accum == 1 else train_step_in_passes
+    run = Run(config, device, shards, index, tokenizer, chances, clip, model, optimizer, ema, heads,
+              step_function, global_batch, steps_per_epoch, total_steps,
+              end_of_masks(config, total_steps, steps_per_epoch), step, state.get("record"), lock)
+    check_ranks_agree(run)
     return run
 
 def save(run, name):
-    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then whole."""
-    if ranks()[0] == 0:
-        with data.write_whole(os.path.join(run.config.out, name)) as file:
-            torch.save(dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
-                            ema=run.ema and run.ema.state_dict(), heads=run.heads and run.heads.state_dict(),
-                            config=asdict(run.config), merges=run.tokenizer.merges, step=run.step,
-                            record=run.record, progress=run.step / run.total_steps,
-                            global_batch=run.global_batch, num_samples=len(run.index)), file)
+    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then
+    whole."""
+    rank, _ = ranks()
+    if rank > 0:
+        return
+    state = dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
+                 ema=None if run.ema is None else run.ema.state_dict(),
+                 heads=None if run.heads is None else run.heads.state_dict(),
+                 config=asdict(run.config), merges=run.tokenizer.merges, step=run.step, record=run.record,
+                 progress=run.step / run.total_steps, global_batch=run.global_batch,
+                 num_samples=len(run.index), data_sum=data_sum(run.index))
+    with data.write_whole(os.path.join(run.config.out, name)) as file:
+        torch.save(state, file)
+
+def data_sum(index):
+    """A number that differs for other shards, if not for the same ones in another folder."""
+    return zlib.crc32(np.ascontiguousarray(index).tobytes())
 
 def open_log(path, step):
-    """The log, open for appending, without what comes after the checkpoint of this step, to be repeated."""
-    records = evaluate.read_log(path) if step and os.path.exists(path) else []
-    known = [record for record in records if record["step"] + ("eval" in record) <= step]
+    """The log, open for appending, without what comes after the checkpoint of this step, to be
+    repeated. The evaluation at that very step is repeated, too: the run may have died in it."""
+    kept = []
+    if step and os.path.exists(path):
+        for record in evaluate.read_log(path):
+            if record["step"] < step or record["step"] == step and "eval" not in record:
+                kept.append(record)
     with data.write_whole(path) as file:
-        file.writelines(f"{json.dumps(record)}\n".encode() for record in known)
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)
     return open(path, "a", buffering=1)
 
 def epoch_loader(run, epoch, steps):
     """A DataLoader of this rank's batches `steps`, a range, of an epoch."""
-    config, (rank, world_size) = run.config, ranks()
-    order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
-    batches = data.Batches(
-        config, run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank],
-        run.tokenizer, epoch, whole=run.ema and config.views == 2, chances=run.chances,
-        masked=run.masked_steps - epoch * run.steps_per_epoch)
+    config = run.config
+    rank, world_size = ranks()
+    order = data.epoch_order(run.index, config.seed, epoch)
+    order = order[:run.steps_per_epoch * run.global_batch]
+    order = order.reshape(run.steps_per_epoch, world_size, -1)[:, rank]  # (steps, this rank's samples)
+    batches = data.Batches(config, run.shards, run.index, order, run.tokenizer, epoch, run.chances,
+                           num_masked=run.masked_steps - epoch * run.steps_per_epoch)
+    # The range is the sampler: batch number 7 is made first if 7 steps of the epoch are done.
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=config.workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
 
+def over_ranks(values, device):
+    """The sum over all ranks of a list of numbers. Waits for the GPU."""
+    values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
 def train_epoch(run, epoch, log, requests):
-    """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of json.
-    ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on any rank."""
-    config, (rank, world_size), begin = run.config, ranks(), epoch * run.steps_per_epoch
+    """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of
+    json. ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on
+    any rank."""
+    config = run.config
+    rank, world_size = ranks()
+    begin = epoch * run.steps_per_epoch
+    num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
     steps = range(run.step - begin, min(run.steps_per_epoch, run.total_steps - begin))
-    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{run.num_epochs}", steps.stop,
+    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{num_epochs}", steps.stop,
                initial=steps.start, disable=rank > 0, leave=False, unit=" steps")
-    losses, num_lost, causes, tick = [], 0, Counter(), time.perf_counter()
-    for images, boxes, tokens, decoded, bad, fault in bar:
-        if fault:
-            raise OSError(fault)
-        lr = learning_rate(run.step, run.total_steps, config.lr, config.warmup)
+    losses = []
+    num_lost = 0
+    causes = Counter()
+    start = time.perf_counter()
+    for batch in bar:
+        if batch.fault:
+            raise OSError(batch.fault)
+        lr = learning_rate(config, run.step, run.total_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        masked = config.mask != "none" and run.step < run.masked_steps
-        noise = step_noise(config, run.step, run.global_batch, run.device) if masked else None
-        numbers, keep, valid = train_step(config, run.model, run.optimizer, run.ema, run.heads, images, boxes,
-                                          tokens, decoded, noise, alpha=run.step / run.total_steps)
-        if not losses and rank == 0 and (masked or config.mask == "none"):
-            mask = [x if x is None else x[0] for x in (keep, valid)]
-            evaluate.draw_masks(f"{config.out}/masks.png", images[0, :8], *mask, config.patch_size)
+        noise = None
+        if run.step < run.masked_steps:
+            noise = step_noise(config, run.step, run.global_batch * config.views, run.device)
+        numbers, keep, valid = run.train_step(config, run.clip, run.model, run.optimizer, batch, noise,
+                                              run.step / run.total_steps, run.ema)
+        if not losses and rank == 0 and (noise is not None or config.mask == "none"):
+            first_view = batch.images if config.views == 1 else batch.images[0]
+            evaluate.draw_masks(f"{config.out}/masks.png", first_view[:8], keep, valid, config.patch_size)
         run.step += 1
-        values = [*map(float, numbers.values()), len(bad), bool(requests)]  # waits for the GPU
-        values = torch.tensor(values, dtype=torch.float64, device=run.device)
-        if dist.is_initialized():
-            dist.all_reduce(values)
-        *sums, lost, requested = values.tolist()  # requested: a signal of one rank stops all after this step
-        images_per_s, tick = run.global_batch / (time.perf_counter() - tick), time.perf_counter()
-        run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1),
-                          **{name: x / world_size for name, x in zip(numbers, sums)})
+        *sums, lost, requested = over_ranks([*numbers.values(), len(batch.lost), len(requests)], run.device)
+        now = time.perf_counter()
+        images_per_s = run.global_batch / (now - start)
+        start = now
+        run.record = dict(step=run.step, epoch=epoch + 1, lr=lr, images_per_s=round(images_per_s, 1))
+        for name, total in zip(numbers, sums):
+            run.record[name] = total / world_size
         losses.append(run.record["loss"])
         if not math.isfinite(losses[-1]):
             raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
+        # A signal to one rank stops all of them after this step.
         due = requested or run.step % config.save_every == 0 or len(losses) == len(steps)
-        causes.update(bad)
-        num_lost, num_read = num_lost + int(lost), len(losses) * run.global_batch
-        report = "\n".join([f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:",
-                            *(f"{n:8}  {cause}" for cause, n in causes.most_common(10))])
-        if lost == run.global_batch or num_lost > config.max_bad * (num_read if due else max(num_read, 1000)):
-            raise ValueError(f"{report}\nmore than --max-bad {config.max_bad}, or a batch without a pair")
+        causes.update(batch.lost)
+        num_lost += int(lost)
+        num_read = len(losses) * run.global_batch
+        if lost == run.global_batch or too_many_lost(config, num_lost, num_read, final=due):
+            raise ValueError(f"{skipped_lines(epoch, num_lost, num_read, causes)}\n"
+                             f"more than --max-bad {config.max_bad}, or a batch without a pair")
         log.write(json.dumps(run.record) + "\n")
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
         if due:
@@ -903,51 +1273,108 @@ def train_epoch(run, epoch, log, requests):
             line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
             sys.exit(line if rank == 0 else 1)
     if num_lost and rank == 0:
-        print(report)
+        print(skipped_lines(epoch, num_lost, num_read, causes))
     return losses
 
-def train(config, state, device):
-    """Trains as `config` says, from `state` on. Returns whether a folder failed in the last evaluation."""
-    run, (rank, world_size) = prepare(config, state, device), ranks()
-    state.clear()  # free the checkpoint: its tensors have been copied
-    results, requests, say = {}, [], print if rank == 0 else lambda *lines, **options: None
-    for number in (signal.SIGINT, signal.SIGTERM):  # a request to stop after this step
-        signal.signal(number, lambda number, frame: requests.append(number))
-    log = open(os.devnull, "w") if rank else open_log(f"{config.out}/log.jsonl", run.step)
-    L, whole = (config.image_size // config.patch_size) ** 2, run.total_steps - run.masked_steps
+def too_many_lost(config, num_lost, num_read, final):
+    """Whether more than --max-bad of the samples do not decode. A few at the very start of an
+    epoch prove nothing, unless a checkpoint is about to be written."""
+    if not final:
+        num_read = max(num_read, 1000)
+    return num_lost > config.max_bad * num_read
+
+def skipped_lines(epoch, num_lost, num_read, causes):
+    """How many samples did not decode on all ranks, and the most frequent causes on this one."""
+    rank, _ = ranks()
+    lines = [f"epoch {epoch + 1}: {num_lost} of {num_read} samples skipped; rank {rank}:"]
+    for cause, number in causes.most_common(10):
+        lines.append(f"{number:8}  {cause}")
+    return "\n".join(lines)
+
+def opening_line(run):
+    """What will happen, for the first line of a run."""
+    config = run.config
+    _, world_size = ranks()
+    L = (config.image_size // config.patch_size) ** 2
     millions = sum(p.numel() for p in run.clip.parameters()) / 1e6
-    removed = " to ".join(str(round(share * L)) for share in config.ratio if config.mask != "none") or 0
-    say(f"{config.model}, {millions:.1f}M parameters | {device.type}, {config.precision} | {world_size} x "
-        f"{run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch, {run.masked_steps}"
-        f" with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images", flush=True)
-    start, first = time.perf_counter(), run.step
-    # After --resume from the end of an epoch, no step is left of it, but its evaluation may be missing.
-    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
+    removed = "0"
+    if config.mask != "none":
+        removed = " to ".join(str(round(share * L)) for share in config.ratio)
+    whole = run.total_steps - run.masked_steps
+    return (f"{config.model}, {millions:.1f}M parameters | {run.device.type}, {config.precision} | "
+            f"{world_size} x {run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch, "
+            f"{run.masked_steps} with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images")
+
+def resume_line(run, state):
+    """What a resumed run goes on from, and what differs from the run so far."""
+    config = run.config
+    line = f"going on after step {run.step} of {config.resume}"
+    for name, value in asdict(config).items():
+        then = state["config"].get(name, value)
+        if name not in ("resume", "out", "show_masks", "vocab_size") and then != value:
+            line += f"; --{name.replace('_', '-')} {value} (was {then})"
+    if state.get("data_sum", data_sum(run.index)) != data_sum(run.index):
+        line += "; the data differ from those of the run so far"
+    before = state["record"]["lr"]
+    if run.step < run.total_steps:
+        lr = learning_rate(config, run.step, run.total_steps)
+        if lr > 2 * before and run.step > config.warmup:
+            line += f"; the learning rate jumps from {before:.2g} to {lr:.2g}"
+    return line
+
+def train(config, state, device):
+    """Trains as `config` says, from `state` on. Returns whether a folder failed in the last
+    evaluation."""
+    run = prepare(config, state, device)
+    rank, world_size = ranks()
+    requests = []
+    for number in data.STOP_SIGNALS:  # a request to stop after this step
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has said that a closed terminal is none
+            signal.signal(number, lambda number, frame: requests.append(number))
+    log = open(os.devnull, "w")
+    if rank == 0:
+        if config.resume:
+            print(resume_line(run, state), flush=True)
+        print(opening_line(run), flush=True)
+        log = open_log(f"{config.out}/log.jsonl", run.step)
+    state.clear()  # free the checkpoint: its tensors have been copied
+    start = time.perf_counter()
+    first = run.step
+    results = {}
+    num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
+    # After --resume from the end of an epoch, no step is left of it, but its evaluation may be
+    # missing: that is why the last step that is done, and not the next one, says which epoch comes
+    # first.
+    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, num_epochs):
         losses = train_epoch(run, epoch, log, requests)
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
         results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
         if results:
             log.write(json.dumps(run.record | dict(eval=results)) + "\n")
-        if rank == 0 and (results or losses):
+        if rank > 0:
+            continue
+        if results or losses:
             evaluate.draw_curves(f"{config.out}/curves.png", [f"{config.out}/log.jsonl"])
         if losses:
             minutes = (time.perf_counter() - start) / 60
             to_go = minutes * (run.total_steps - run.step) / (run.step - first)
-            metrics = [f"{name} {100 * x:.1f}, " for name, x in evaluate.first_metrics(results).items()]
-            say(f"epoch {epoch + 1}: mean loss {np.mean(losses):.3f}, {''.join(metrics)}"
-                f"{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
-    if results:
-        say(evaluate.table(results))
-    say(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
+            line = f"epoch {epoch + 1}: mean loss {np.mean(losses):.3f}, "
+            for name, value in evaluate.first_metrics(results).items():
+                line += f"{name} {100 * value:.1f}, "
+            print(f"{line}{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
+    if rank == 0:
+        if results:
+            print(evaluate.table(results))
+        print(f"wrote {config.out}/ckpt.pt; now: python evaluate.py {config.out}/ckpt.pt")
     return any("failed" in metrics for metrics in results.values())
 
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
 
 def pgs_tiles(config, images, pixels, noise, embeddings, alpha):
-    """[(picture, text)]: the steps by which pgs chooses the patches of one image, (1, 3, H, W) as for the
-    model and as uint8 pixels, by the functions that training calls."""
+    """[(picture, text)]: the steps by which pgs chooses the patches of one image, (1, 3, H, W) as
+    for the model and as uint8 pixels, by the functions that training calls."""
     P, size = config.patch_size, config.image_size
     edges = sobel_edges(images, P)                                     # (1, L)
     candidates = pgs_candidates(edges if config.edges else torch.zeros_like(edges), noise[:, 0])
@@ -960,8 +1387,9 @@ def pgs_tiles(config, images, pixels, noise, embeddings, alpha):
             (evaluate.heat_map((score > SIMILAR).float(), size), f"{(score > SIMILAR).sum()} are similar")]
 
 def show_masks(config, state):
-    """Writes two pictures to --out, each with a row per photograph: masks.png, what every mask keeps of it,
-    and steps.png, how pgs chose. With the checkpoint `state` of --resume, the encoder is a trained one."""
+    """Writes two pictures to --out, each with a row per photograph: masks.png, what every mask
+    keeps of it, and steps.png, how pgs chose. With the checkpoint `state` of --resume, the encoder
+    is a trained one."""
     clip = build(config, state, "cpu")[0]
     if state.get("ema"):
         clip.visual.load_state_dict(state["ema"])
@@ -996,77 +1424,117 @@ def show_masks(config, state):
         print("the encoder is untrained; --resume shows a trained one")
     print(f"wrote {config.out}/masks.png, and how pgs chose: {config.out}/steps.png")
 
-def parse(arguments):
-    """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the place of the
-    defaults. With --resume, the options of its run do; with --init, the size of its model."""
+def make_parser():
+    """The command line: an option for each field of Config."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      epilog=f"Without --data, the demo has other defaults: {DEMO}")
-    for f in fields(Config):
-        how = dict(metavar="X", type=type(f.default), nargs="?" if f.name == "resume" else None)
-        if isinstance(f.default, bool):
+    for option in fields(Config):
+        name = "--" + option.name.replace("_", "-")
+        shown = option.default
+        if isinstance(shown, tuple):
+            shown = " ".join(map(str, shown))
+        meaning = f"{option.metadata['help']} (default: {'none' if shown == '' else shown})"
+        if isinstance(option.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(f.default, tuple):
-            how = dict(metavar="X", type=float if f.default else str, nargs="+")
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=f"{f.metadata['help']} (default: {shown or 'none'})")
-    options, state = parser.parse_args(arguments), {}
+        elif isinstance(option.default, tuple):
+            how = dict(metavar="X", nargs="+", type=float if option.default else str)
+        elif option.name == "resume":
+            how = dict(metavar="X", nargs="?")
+        else:
+            how = dict(metavar="X", type=type(option.default))
+        parser.add_argument(name, default=option.default, help=meaning, **how)
+    return parser
+
+def parse(arguments):
+    """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the
+    place of the defaults. With --resume, the options of its run do; with --init, the size of its
+    model."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    state = {}
     if not options.data and not options.show_masks:
         parser.set_defaults(**DEMO)
     if options.resume is None:  # --resume without a file
-        path = os.path.join(options.out, "ckpt.pt")
-        options.resume = path if os.path.exists(path) else ""
+        options.resume = os.path.join(options.out, "ckpt.pt")
+        if not os.path.exists(options.resume):
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"no checkpoint in {options.out}: a new run")
+            options.resume = ""
     if options.resume:
         state = evaluate.read_checkpoint(options.resume)
         if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
-        then = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-        parser.set_defaults(**then | dict(out=os.path.dirname(options.resume) or "."))
+        # A job's script may repeat the options of its run, but not ask for another tokenizer or other weights.
+        for name in ("init", "vocab"):
+            if getattr(options, name) not in ("", state["config"][name]):
+                raise ValueError(f"--{name}: no effect on a run that goes on; leave it out")
+        if options.vocab_size < state["config"]["vocab_size"]:
+            raise ValueError("--vocab-size: no effect on a run that goes on; leave it out")
+        names = {option.name for option in fields(Config)}  # an older run may have options that are gone
+        parser.set_defaults(**{name: value for name, value in state["config"].items() if name in names})
+        parser.set_defaults(out=os.path.dirname(options.resume) or ".")
     elif options.init:  # the weights and the tokenizer, not the state of a run
         clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
         state = dict(model=clip.state_dict(), merges=tokenizer.merges)
-        fixed = "model", "image_size", "patch_size", "context_length", "vocab_size", "quick_gelu"
-        parser.set_defaults(**{name: getattr(then, name) for name in fixed})
+        for name in ("model", "image_size", "patch_size", "context_length", "vocab_size", "quick_gelu"):
+            parser.set_defaults(**{name: getattr(then, name)})
+    # Once more, with the new defaults: what was typed wins over them.
     options = vars(parser.parse_args(arguments)) | dict(resume=options.resume)
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}), state
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = tuple(value)
+    return Config(**options), state
+
+def start(arguments):
+    """What a command line asks for. Returns whether a folder could not be evaluated. SystemExit,
+    ValueError and other errors say what went wrong."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    config, state = parse(arguments)
+    check(config)
+    if config.show_masks:
+        show_masks(config, state)
+        return False
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError("SLURM_NTASKS: each task would train alone; use torchrun, a task per machine")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            config.precision = "fp32"  # an old card; the first line of the run says so
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
+    if not config.precision:
+        config.precision = "bf16" if device.type == "cuda" else "fp32"
+    if world_size > 1:
+        on_gpu = device.type == "cuda"
+        # 30 minutes: one process may have to read the shards of a large data set first.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
+                                device_id=device if on_gpu else None)
+    return train(config, state, device)
 
 def main():
-    """Entry point, one process per rank under torchrun. What went wrong: a message, a code, or None."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    sys.stdout.reconfigure(errors="backslashreplace")  # names in a tar need not be text
+    """Entry point, one process per rank under torchrun: returns the exit status."""
+    rank = int(os.environ.get("RANK", 0))
     try:
-        config, state = parse(sys.argv[1:])
-        check(config)
-        if config.show_masks:
-            return show_masks(config, state)
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-            raise ValueError("SLURM_NTASKS: each task would train alone; use torchrun, a task per machine")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                config.precision = "fp32"  # an old card; the first line of the run says so
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length; flash does not
-        config.precision = config.precision or ("bf16" if device.type == "cuda" else "fp32")
-        if world_size > 1:  # 30 minutes: one process may have to read the shards of a large data set first
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=0.5))
-        return train(config, state, device)
-    except SystemExit as stop:  # a signal has ended the training, or argparse has said what is wrong
-        return stop.code
+        return int(start(sys.argv[1:]))
+    except SystemExit as stopped:  # argparse has said what is wrong, or a signal has ended the training
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+        return 1 if isinstance(stopped.code, str) else stopped.code or 0
     except (Exception, KeyboardInterrupt) as error:
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
-        if world_size > 1:
-            # torchrun ends all ranks when one ends. A rank that failed alone must speak before those that
-            # lost the connection to it. Of ranks that failed alike, rank 0 speaks and the others wait.
+        if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+            # torchrun ends all ranks when one ends. A rank that failed alone must speak before
+            # those that lost the connection to it. Of ranks that failed alike, rank 0 speaks and
+            # the others wait.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(min(rank, 1) if line else 5)
-        return f"error: {line}" if line else traceback.format_exc()
+        print(f"error: {line}" if line else traceback.format_exc(), file=sys.stderr)
+        return 1
 
 if __name__ == "__main__":
-    fault = main()
-    if isinstance(fault, str):
-        print(fault, file=sys.stderr)
+    status = main()
     sys.stdout.flush()
-    # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or gloo.
-    os._exit(1 if fault else 0)
+    # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or
+    # gloo.
+    os._exit(status)

@@ -2,6 +2,7 @@
 minute or two on 2 CPU cores, without GPU, network or data. Expected values come from elsewhere: a loop, a
 closed form, float64, finite differences, a drawn picture.
 """
+import copy
 import fcntl
 import gzip
 import io
@@ -17,7 +18,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields
 from itertools import pairwise
 
@@ -40,9 +41,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # -----------------------------------------------------------------------------
 # What the tests are made of: a tiny model, numbers, pictures, shards.
 
+clip_pgs.SIZES["tiny"] = (128, 2, 64, 2, 16)
+
 def tiny(**changes):
     """A Config whose images have 4 x 4 patches of 4 x 4 pixels."""
-    size = dict(model="128x2-64x2-16", image_size=16, patch_size=4, context_length=24, vocab_size=600)
+    size = dict(model="tiny", image_size=16, patch_size=4, context_length=24, vocab_size=600)
     return Config(**size | changes)
 
 def random_clip(config):
@@ -494,10 +497,10 @@ def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path, monkeypatch):
     x, y = np.meshgrid(np.arange(256), np.arange(256))
     image = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))  # a pixel's colour says where it was
     made = batches(tmp_path, [("0.png", encoded(image)), ("0.txt", b"coordinates")], [[0]],
-                   tiny(image_size=32, scale=(0.3, 0.5), views=2), whole=True)
-    augmented = made[0][0]
+                   tiny(image_size=32, scale=(0.3, 0.5), views=2))
+    augmented = made[0].images
     monkeypatch.setattr(data, "augment", lambda view, rng: view)
-    images, boxes, *_ = made[0]
+    images, boxes = made[0].images, made[0].boxes
     assert images[2].equal(augmented[2]) and not any(images[i].equal(augmented[i]) for i in (0, 1))
     whole = images[2, 0, :2].double().flatten(1)
     low, high = (pick(whole, dim=1).repeat(2) for pick in (torch.amin, torch.amax))
@@ -510,26 +513,52 @@ def test_only_matrices_decay():
     assert {p.ndim for p in decay["params"]} == {2, 4} and {p.ndim for p in rest["params"]} == {0, 1}
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_zero():
-    rates = [clip_pgs.learning_rate(step, 110, 2.0, 10) for step in (0, 4, 9, 10, 35, 60, 85, 109, 110)]
+    config = Config(lr=2.0, warmup=10)
+    steps = (0, 4, 9, 10, 35, 60, 85, 109, 110)
+    rates = [clip_pgs.learning_rate(config, step, 110) for step in steps]
     cosine = [1 + math.cos(math.pi * share) for share in (0, 0.25, 0.5, 0.75, 0.99, 1)]
     assert rates == pytest.approx([0.2, 1.0, 2.0, *cosine], abs=1e-12)
-    assert [clip_pgs.learning_rate(step, 10, 1.0, 10_000) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]  # a fifth
+    at_most_a_fifth = [clip_pgs.learning_rate(Config(lr=1.0), step, 10) for step in (0, 1, 2)]
+    assert at_most_a_fifth == [0.5, 1.0, 1.0]
 
-def one_step(config):
+def step_for(config, clip):
+    """(the function that makes a step, its model)."""
+    if config.views == 2:
+        return clip_pgs.two_view_step, clip_pgs.TwoViews(clip)
+    return (clip_pgs.train_step if config.accum == 1 else clip_pgs.train_step_in_passes), clip
+
+def one_step(config, step=None):
     """(1 + P,) loss and gradients of a step on 8 pairs, one of them not decoded, shared among the ranks."""
-    (rank, world_size), V, clip = clip_pgs.ranks(), config.views, random_clip(config)
+    rank, world_size = clip_pgs.ranks()
+    clip = random_clip(config)
     heads = clip_pgs.Heads(config) if config.contrast else None
-    model = torch.nn.parallel.DistributedDataParallel(clip) if world_size > 1 else clip
-    images = torch.randint(256, (V + (V > 1), 8, 3, 16, 16), generator=seeded(), dtype=torch.uint8)
-    boxes = torch.tensor([[[0.0, 0.0, 1.0, 0.7]] * 8, [[0.2, 0.1, 1.0, 1.0]] * 8])[:V]
-    images, boxes = (x.chunk(world_size, dim=1)[rank] for x in (images, boxes))
-    tokens, decoded = (x.chunk(world_size)[rank] for x in (random_tokens(8), torch.arange(8) != 5))
-    noise = clip_pgs.step_noise(config, 3, 8, "cpu")
-    attention, taught = clip_pgs.teach(config, clip.visual, images, boxes)
-    keep, valid = clip_pgs.batch_masks(config, clip.visual, attention, images[:V], noise, 0.5)
-    loss = clip_pgs.gradients(config, model, heads, images[:V], tokens, keep, valid, decoded, taught)
-    parameters = [*clip.parameters(), *(heads.parameters() if heads else ())]
-    return torch.cat([loss[None], *(p.grad.flatten() for p in parameters if p.requires_grad)])
+    function, model = step_for(config, clip)
+    if world_size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    shape = (8, 3, 16, 16) if config.views == 1 else (3, 8, 3, 16, 16)
+    images = torch.randint(256, shape, generator=seeded(), dtype=torch.uint8)
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 0.7]] * 8, [[0.2, 0.1, 1.0, 1.0]] * 8])
+    batch = data.Batch(images.chunk(world_size, dim=config.views - 1)[rank],
+                       random_tokens(8).chunk(world_size)[rank],
+                       (torch.arange(8) != 5).chunk(world_size)[rank],
+                       boxes.chunk(world_size, dim=1)[rank], [], "")
+    noise = clip_pgs.step_noise(config, 3, 8 * config.views, "cpu")
+    optimizer = Keep(clip, heads)
+    more = dict(heads=heads) if config.views == 2 else {}
+    numbers, *_ = (step or function)(config, clip, model, optimizer, batch, noise, 0.5, copy.deepcopy(clip.visual), **more)
+    return torch.cat([numbers["loss"][None], *optimizer.gradients])
+
+class Keep:
+    """An optimizer that keeps the gradients and changes nothing."""
+    def __init__(self, *modules):
+        self.parameters = [p for m in modules if m for p in m.parameters() if p.requires_grad]
+        self.param_groups = [{"params": self.parameters}]
+
+    def step(self):
+        self.gradients = [p.grad.flatten() for p in self.parameters]
+
+    def zero_grad(self):
+        pass
 
 FULL = dict(mask="attentive", views=2, contrast=("simclr", "byol"))     # A-CLIP
 RANGE = dict(mask="pgs", ratio=(0.25, 0.75))
@@ -540,11 +569,15 @@ def test_the_noise_of_masks_follows_from_seed_and_step():
     assert [one.equal(other) for other in others] == [True, False, False]
 
 @pytest.mark.parametrize("changes", [dict(mask="pgs"), RANGE, FULL], ids=["fixed", "range", "A-CLIP"])
-def test_many_small_passes_or_checkpointing_make_the_gradients_of_one_large_batch(changes):
-    whole, parts, checkpointed = (one_step(tiny(**changes, **more)) for more in (
-        {}, dict(accum=4), dict(grad_checkpointing=True)))
-    assert whole[1:].abs().max() > 0.1 and parts.allclose(whole, rtol=0, atol=1e-5)
-    assert checkpointed.equal(whole)
+def test_many_small_passes_make_the_gradients_of_one_large_batch(changes):
+    whole = one_step(tiny(**changes))
+    passes = one_step(tiny(**changes, accum=4))
+    assert whole[1:].abs().max() > 0.1 and passes.allclose(whole, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("changes", [dict(mask="none"), dict(mask="attentive"), RANGE], ids=str)
+def test_many_passes_with_one_pass_give_the_plain_step_s_gradients_to_the_last_digit(changes):
+    plain = one_step(tiny(**changes))
+    assert one_step(tiny(**changes), clip_pgs.train_step_in_passes).equal(plain)
 
 def work_of_a_rank(rank, folder):
     """What two processes do for the tests below; leaves its results in the folder."""
@@ -588,12 +621,14 @@ def test_a_run_of_one_rank_goes_on_with_two_and_with_its_folders(two_ranks):
 def tiny_step(config, device, logit_scale=1.0):
     """train_step on 4 pairs with weights and noise on the device and SGD of rate 1: (numbers, clip)."""
     with torch.device(device):
-        clip, ema, noise = random_clip(config), random_clip(config).visual, torch.rand(1, 4, 2, 16)
+        clip = random_clip(config)
+        ema = random_clip(config).visual
+        noise = torch.rand(4, 2, 16)
     clip.logit_scale.data.fill_(logit_scale)
-    images, boxes = torch.arange(4 * 768).view(1, 4, 3, 16, 16).byte(), torch.zeros(1, 4, 4)
+    images = torch.arange(4 * 768).view(4, 3, 16, 16).byte()
+    batch = data.Batch(images, random_tokens(4), torch.ones(4, dtype=torch.bool), None, [], "")
     optimizer = torch.optim.SGD(clip.parameters(), lr=1.0)
-    return clip_pgs.train_step(config, clip, optimizer, ema, None, images, boxes, random_tokens(4),
-                               torch.ones(4, dtype=torch.bool), noise, 0.5)[0], clip
+    return clip_pgs.train_step(config, clip, clip, optimizer, batch, noise, 0.5, ema)[0], clip
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_step_at_a_fixed_ratio_reads_nothing_back_from_the_device(monkeypatch, mask):
@@ -613,7 +648,7 @@ def test_logit_scale_never_exceeds_100():
 # -----------------------------------------------------------------------------
 # The run, and pictures of masks.
 
-SMALL = "--model 128x2-64x2-16 --image-size 16 --patch-size 4 --batch-size 8 --workers 0".split()
+SMALL = "--model tiny --image-size 16 --patch-size 4 --batch-size 8 --workers 0".split()
 
 def options(folder, *more):
     """The command line of a tiny run: 5 steps an epoch, 10 in all."""
@@ -632,14 +667,16 @@ def command(*arguments, module=clip_pgs, fails=""):
         with pytest.raises(SystemExit, match=rf"^error: [^\n]*{fails}[^\n]*$"):
             command(*arguments, module=module)
         return
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.MonkeyPatch.context() as patch:
+    handlers = [(number, signal.getsignal(number)) for number in data.STOP_SIGNALS]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(printed):
         patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        fault = module.main()
+        status = module.main()
     for number, handler in handlers:
         signal.signal(number, handler)
-    if fault:
-        raise SystemExit(fault)
+    if status:
+        _, error, line = printed.getvalue().rpartition("error: ")
+        raise SystemExit(f"error: {line}".rstrip() if error else status)
 
 @pytest.fixture
 def train(tmp_path):
