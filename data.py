@@ -4,6 +4,7 @@
     python data.py demo OUT                  draw the demo data set
 
 The file follows a sample: its place in a shard, its turn, its pixels, its token ids, its batch; then writing.
+Who is in a hurry reads build_index, epoch_order, crops, Tokenizer.encode and Batches.
 """
 import argparse
 import glob
@@ -21,8 +22,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,180 +38,252 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels in [0, 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # -----------------------------------------------------------------------------
-# Files and messages.
+# Files and messages. Nothing about CLIP here: skip it.
 
 @contextmanager
-def write_whole(path, part=".part"):
-    """A binary file to write, which gets its name when it is whole and on disk. OSError if it can't be."""
+def write_whole(path, suffix=".part"):
+    """A binary file to write, which gets its name when it is whole and on disk. OSError if it
+    can't be."""
     try:
-        with open(path + part, "wb") as file:
+        with open(path + suffix, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + part, path)
+        os.replace(path + suffix, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         cause = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"{path}: could not be written ({cause}); one from before is untouched") from None
     finally:
-        if os.path.exists(path + part):
-            os.remove(path + part)
-
-def what_it_is(path, otherwise="not a tar"):
-    """What a file that should be something else seems to be, by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):  # gzip, bzip2, xz, zstd
-        return "compressed: unpack it first"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run `git lfs pull`"
-    return otherwise if head else f"empty file, {otherwise}"
+        if os.path.exists(path + suffix):
+            os.remove(path + suffix)
 
 # What to say to a user whose error matches a pattern.
-HINTS = {"KeyboardInterrupt": "interrupted",
-         "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
-         "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
-         r"worker \(pid|process pool": "a worker was killed, maybe for lack of memory: pass fewer --workers"}
+HINTS = {
+    "KeyboardInterrupt": "interrupted",
+    "OutOfMemoryError": "out of GPU memory; half the --batch-size, twice the --accum: the same update",
+    "shared memory": "too little shared memory: pass --workers 0, or give docker a larger --shm-size",
+    r"worker \(pid|process pool": "a worker was killed, maybe for lack of memory: pass fewer --workers"}
 
 def message(error):
-    """The line of an error that a user gets to see; "" for what is no user's mistake."""
+    """The line of an error that a user gets to see; "" if it is a bug of ours, which deserves a
+    traceback."""
     for pattern, hint in HINTS.items():
         if re.search(pattern, repr(error)):
             return hint
     if getattr(error, "filename", None):
         return f"{error.filename}: {error.strerror}"
-    return str(error) if isinstance(error, (ValueError, OSError)) else ""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return ""
+
+# A request to stop, or a warning that the job's time ends, as schedulers send them.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+                signal.SIGXCPU)
+
+def ignore_signals(*_):
+    """For helper processes: a signal to stop is for the training loop, which still needs its batch."""
+    for number in STOP_SIGNALS:  # Slurm sends them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
 
 # -----------------------------------------------------------------------------
-# Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells where every
-# image and caption lies. With that index, any sample is one read away, and an epoch is a permutation.
+# Faults of tars. Skip this, too, unless one of yours is damaged.
 
-def expand(patterns):
-    """Shards by path, glob or range, such as '{00000..01242}.tar', in order. ValueError if one is missing."""
-    paths = []
-    for path in patterns:
-        if os.path.isdir(path):
-            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path))
-        braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-        if braces:
-            numbers = range(int(braces[1]), int(braces[2]) + 1)
-            found = expand(path.replace(braces[0], str(n).zfill(len(braces[1])), 1) for n in numbers)
-        if not found:
-            why = "the pattern matches no file" if glob.has_magic(path) else "no such file"
-            raise ValueError(f"--data {path}: {'an empty range' if braces else why}")
-        paths += found
-    return list(dict.fromkeys(paths))  # a shard named twice is read once
+def what_it_is(path, otherwise="not a tar"):
+    """What a file that should be something else seems to be, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        return f"empty file, {otherwise}"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):  # gzip, bzip2, xz, zstd
+        return "compressed: unpack it first"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull`"
+    return otherwise
 
-def tar_samples(path):
-    """([(key, {extension: (offset, size)})], fault or ""): a tar's samples in its order, up to its fault.
-    A key ends at the first dot of a file name. A key that comes again is another sample, as in webdataset."""
-    samples, start, key, fault, length = defaultdict(dict), 0, None, "", os.path.getsize(path)
+def tar_members(path):
+    """Yields (name, offset, size) of each file in a tar. ValueError with the cause where that is
+    damaged."""
+    length = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if not member.offset < tar.offset <= length:  # where the next header would be
-                    raise ValueError("end of data")
-                stem, dot, extension = member.name.rpartition("/")[2].partition(".")
-                if not stem or not dot or not member.isfile():
-                    continue  # a hidden file, such as macOS puts beside others; a README, folder or link
-                last, key = key, member.name.removesuffix(dot + extension)
-                files, extension = samples[start, key], extension.lower()
-                second = key != last and extension in IMAGE_EXTENSIONS and {*files} & {*IMAGE_EXTENSIONS}
-                if extension in files or second:  # names start again: what follows is of no sample so far
-                    start += 1
-                samples[start, key][extension] = member.offset_data, member.size
-            rest = os.pread(tar.fileobj.fileno(), 1 << 24, tar.offset)
-        # tarfile ends without a word at anything that is no header. Only zeros may follow the last file.
-        if not rest or len(rest) % 512:
-            fault = f"truncated, the tar breaks off at byte {length}"
-        elif rest.strip(b"\0"):
-            fault = f"more than zeros after the end, byte {tar.offset}: a damaged header, or two tars in one"
-        elif not samples:
-            fault = "a tar without files"
+                if not member.offset < tar.offset <= length:  # tar.offset: where the next header would be
+                    raise tarfile.ReadError("unexpected end of data")
+                if member.isfile():  # and neither a folder nor a link
+                    yield member.name, member.offset_data, member.size
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(1 << 24)
     except OSError:
         raise  # the disk's fault
     except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-        fault = "truncated" if "end of data" in str(error) else what_it_is(path)
-    return [(key, files) for (_, key), files in samples.items()], f"{path}: {fault}" if fault else ""
+        cut_off = str(error) == "unexpected end of data"  # the words of tarfile, for a header that is cut off
+        raise ValueError("truncated" if cut_off else what_it_is(path)) from None
+    # tarfile ends without a word at anything that is no header. Only zeros may follow the last
+    # file.
+    if not rest or len(rest) % 512:
+        raise ValueError(f"truncated, the tar breaks off at byte {length}")
+    if rest.strip(b"\0"):
+        raise ValueError(f"more than zeros after the end, byte {tar.offset}: "
+                         "a damaged header, or two tars in one")
+
+# -----------------------------------------------------------------------------
+# Shards. A tar is a chain of headers, each followed by its file: reading the headers alone tells
+# where every image and caption lies. With that index, any sample is one read away, and an epoch is
+# a permutation.
+
+def expand(patterns):
+    """Shards by path, glob or range, such as '{00000..01242}.tar', in order. ValueError if one is
+    missing."""
+    paths = []
+    for path in patterns:
+        if os.path.isdir(path):
+            raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
+        braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+        if braces:
+            first, last = braces.groups()
+            numbers = range(int(first), int(last) + 1)
+            found = expand(path.replace(braces[0], str(n).zfill(len(first)), 1) for n in numbers)
+            missing = "an empty range"
+        elif os.path.exists(path):
+            found = [path]
+        else:
+            found = sorted(glob.glob(path))
+            missing = "the pattern matches no file" if glob.has_magic(path) else "no such file"
+        if not found:
+            raise ValueError(f"--data {path}: {missing}")
+        paths += found
+    return list(dict.fromkeys(paths))  # a shard named twice is read once
+
+def tar_samples(path):
+    """([(key, {extension: (offset, size)})], fault or ""): a tar's samples in its order, up to its
+    fault. A key ends at the first dot of a file name. A key that comes again is another sample, as
+    in webdataset."""
+    samples = []
+    files_of = {}  # of the samples that may still grow, by key
+    last_key = None
+    try:
+        for path_inside, offset, size in tar_members(path):
+            folder, slash, name = path_inside.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if not stem or not dot:
+                continue  # a hidden file, such as macOS puts beside others; a README
+            key = folder + slash + stem
+            extension = extension.lower()
+            files = files_of.get(key, ())
+            second = extension in IMAGE_EXTENSIONS and any(other in files for other in IMAGE_EXTENSIONS)
+            if extension in files or (second and key != last_key):
+                files_of = {}  # names start again: what follows is of no sample so far
+            if key not in files_of:
+                files_of[key] = {}
+                samples.append((key, files_of[key]))
+            files_of[key][extension] = (offset, size)
+            last_key = key
+        if not samples:
+            raise ValueError("a tar without files")
+    except ValueError as error:
+        return samples, f"{path}: {error}"
+    return samples, ""
 
 INDEX = np.dtype([("shard", "i4"), ("image", "i8"), ("image_size", "i8"),
                   ("text", "i8"), ("text_size", "i8"), ("json", "?")])
 
 def index_shard(path, number):
     """(rows of INDEX, [(cause, name)] of what is no sample, fault or "") of shard `number`."""
-    (samples, fault), rows, lost = tar_samples(path), [], []
+    rows = []
+    lost = []
+    samples, fault = tar_samples(path)
     for key, files in samples:
-        image = next(filter(None, map(files.get, IMAGE_EXTENSIONS)), None)
+        images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
         text = files.get("txt") or files.get("json")
+        if images and text:
+            rows.append((number, *images[0], *text, "txt" not in files))
+            continue
         pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        if image and text:
-            rows.append((number, *image, *text, "txt" not in files))
-            # x.seg.png beside x.jpg is no sample; with x.seg.txt beside it, it was meant to be one.
-            texts = {name.rpartition(".")[0] for name in files if name.endswith((".txt", ".json"))}
-            pictures = [name for name in pictures if name.rpartition(".")[0] in texts]
-        elif not pictures:
+        for name in pictures:
+            cause = "no caption"
+            if "." in name:  # photo.1.jpg and photo.2.jpg are one sample `photo`, without a jpg
+                cause += " (a key ends at the first dot of the file name)"
+            lost.append((cause, f"{key}.{name}"))
+        if not pictures:
             lost.append(("no image", key))
-        dots = " (a key ends at the first dot of the file name)"
-        lost += [("no caption" + dots * ("." in name), f"{key}.{name}") for name in pictures]
     if fault:
         fault += f"; usable pairs: {len(rows)}"
     elif not rows:
         fault = f"{path}: no image with a caption inside; expected pairs such as 0001.jpg, 0001.txt"
     return np.array(rows, INDEX), lost, fault
 
-def ignore_signals(*_):
-    """For helper processes: a signal to stop is for the training loop, which still needs its batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all processes of a job
+def scan(shards, workers, progress):
+    """(index, faults, {cause: [how many samples are lost, the first one's name]}) of all shards."""
+    with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
+        over_all = pool.map if workers else map
+        results = over_all(index_shard, shards, range(len(shards)))
+        bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
+        rows, lost_of_shards, faults = zip(*bar)
+    lost = {}
+    for lost_here in lost_of_shards:
+        for cause, name in lost_here:
+            lost.setdefault(cause, [0, name])
+            lost[cause][0] += 1
+    return np.concatenate(rows), [fault for fault in faults if fault], lost
+
+def kept_scan(folder, stamp):
+    """What `scan` found at an earlier start, or None. Ranks of a machine share the index's pages
+    in memory."""
+    with suppress(Exception):  # not there yet, or damaged: it is only a copy
+        with open(f"{folder}/index.json") as file:
+            kept_stamp, faults, lost = json.load(file)
+        if kept_stamp == stamp:
+            return np.load(f"{folder}/index.npy", mmap_mode="r"), faults, lost
+    return None
 
 def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
-    """(N,) INDEX rows, one per image with a caption, in the shards' order; and a list of warnings. ValueError
-    if more than the share max_bad of the shards is broken or of the samples incomplete, OSError if a disk
-    fails. `folder` keeps index.npy for the next start and other ranks, which share its pages in memory."""
-    # A file's ctime changes with its content and with its permissions.
-    stamp = [[path, os.stat(path).st_size, os.stat(path).st_ctime_ns] for path in shards]
-    index, paths = None, [os.path.join(folder, name) for name in ("index.npy", "index.json")]
-    with suppress(Exception), open(paths[1]) as file:  # not there yet, or damaged: it is only a copy
-        stored, faults, lost = json.load(file)
-        if folder and stored == stamp:
-            index = np.load(paths[0], mmap_mode="r")
-    if index is None:
-        jobs = index_shard, shards, range(len(shards))
-        with ProcessPoolExecutor(max(1, workers), initializer=ignore_signals) as pool:
-            results = pool.map(*jobs, chunksize=4) if workers else map(*jobs)
-            bar = tqdm(results, "reading shards", len(shards), leave=False, disable=not progress, delay=1)
-            parts, missing, faults = zip(*bar)
-        index, faults, lost = np.concatenate(parts), list(filter(None, faults)), {}
-        for cause, name in chain(*missing):  # {cause: [how many, the first]}
-            lost.setdefault(cause, [0, name])[0] += 1
-        if folder:  # each machine of a run may write it: parts have names of their own
-            with write_whole(paths[0], f".{os.urandom(4).hex()}.part") as file:
-                np.save(file, index)
-            with write_whole(paths[1], f".{os.urandom(4).hex()}.part") as file:
-                file.write(json.dumps([stamp, faults, lost]).encode())
+    """(N,) INDEX rows, one per image with a caption, in the shards' order; and a list of warnings.
+    ValueError if more than the share max_bad of the shards is broken or of the samples incomplete,
+    OSError if a disk fails. `folder` keeps the index for the next start and for other ranks."""
+    # Is a kept index still true? A file's ctime changes with its content and with its permissions.
+    stamp = [[path, os.path.getsize(path), os.stat(path).st_ctime_ns] for path in shards]
+    kept = kept_scan(folder, stamp) if folder else None
+    index, faults, lost = kept or scan(shards, workers, progress)
+    if folder and not kept:
+        suffix = f".{os.urandom(4).hex()}.part"  # a name of its own: each machine of a run may write here
+        with write_whole(f"{folder}/index.npy", suffix) as file:
+            np.save(file, index)
+        with write_whole(f"{folder}/index.json", suffix) as file:
+            file.write(json.dumps([stamp, faults, lost]).encode())
     if len(faults) > max_bad * len(shards):
         raise ValueError("\n".join(faults))
-    num_lost = sum(n for n, _ in lost.values())
-    causes = "; ".join(f"{n} with {cause}, such as {name}" for cause, (n, name) in lost.items())
-    remark = f"{num_lost} of {num_lost + len(index)} samples passed over: {causes}"
-    if num_lost > max_bad * (num_lost + len(index)):
+    if not lost:
+        return index, faults
+    num_lost = sum(count for count, _ in lost.values())
+    num_samples = num_lost + len(index)
+    causes = "; ".join(f"{count} with {cause}, such as {name}" for cause, (count, name) in lost.items())
+    remark = f"{num_lost} of {num_samples} samples passed over: {causes}"
+    if num_lost > max_bad * num_samples:
         raise ValueError(f"--data: {remark}; that is more than --max-bad {max_bad}")
-    return index, faults + ([remark] if lost else [])
+    return index, faults + [remark]
 
 WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
 
 def epoch_order(index, seed, epoch):
-    """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within WINDOW."""
+    """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within
+    WINDOW."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(index["shard"].max() + 1)[index["shard"]].argsort(kind="stable")  # shards' turns
-    return order[(np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))).argsort(kind="stable")]
+    turns = rng.permutation(index["shard"].max() + 1)                        # (shards,) each one's turn
+    order = turns[index["shard"]].argsort(kind="stable")                     # (N,) shard after shard
+    places = np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))      # each falls back a bit
+    return order[places.argsort(kind="stable")]
 
-open_shard = lru_cache(maxsize=64)(open)  # files stay open: the next samples come from the same shard
+# Files stay open, for the next samples come from the same shards. Of more than 64, Python closes
+# the one that was not asked for longest, as nobody holds it any more: so no thread may share this
+# with another.
+open_shard = lru_cache(maxsize=64)(open)
 
 def read_bytes(path, offset, size):
-    """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read that far."""
+    """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read
+    that far."""
     try:
+        # pread, not seek and read: workers inherit open files, and with them one position for all.
         raw = os.pread(open_shard(path, "rb", buffering=0).fileno(), size, offset)
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from None
@@ -225,71 +300,119 @@ Image.init()  # fills Image.OPEN
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
 @contextmanager
-def open_image(raw):
-    """In a `with`: the picture in `raw` bytes, not yet decoded. ValueError with the cause if that fails."""
+def pillow_errors():
+    """Whatever Pillow raises at damaged bytes, OSError, SyntaxError, struct.error ...: as a
+    ValueError."""
     try:
+        yield
+    except Exception as error:
+        cause = re.sub(r" <_io.*>", "", str(error))  # without the address of a buffer: causes get counted
+        raise ValueError(cause or type(error).__name__) from None
+
+@contextmanager
+def open_image(raw):
+    """In a `with`: the picture in `raw` bytes. ValueError with the cause if it cannot be opened,
+    or later decoded; any other error inside the `with` is a bug, and stays what it is."""
+    with pillow_errors():
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+
+    def load():  # Pillow calls it when it first needs the pixels: in convert, resize, np.array ...
+        with pillow_errors():
+            return type(image).load(image)
+
+    image.load = load
+    try:
         yield image
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ...
-        raise ValueError(re.sub(r" <_io.*>", "", str(error)) or type(error).__name__) from None
+    finally:
+        del image.load  # it holds the image, which holds it: neither would be freed at once
 
 def eight_bits(image):
-    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it is."""
-    if image.mode[0] not in "IF":
+    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it
+    is."""
+    if not image.mode.startswith(("I", "F")):
         return image
     grey = np.asarray(image).astype(np.float64)
-    scale = 256 if image.mode[1:] or grey.max() > 255 else 1
-    return Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16") or grey.max() > 255:
+        grey /= 256
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 def upright(image):
     """A photograph as its orientation tag says it was held; a damaged tag says nothing."""
     with suppress(Exception):
-        return image if image.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(image)
+        if image.getexif().get(0x0112, 1) != 1:
+            return ImageOps.exif_transpose(image)
     return image
 
 def to_rgb(image):
     """RGB as people see the picture: transparent parts lie on white."""
     image = eight_bits(image)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 def random_box(width, height, scale, rng):
-    """(left, top, right, bottom) of a random part of a picture: `scale` of its area, sides 3:4 to 4:3.
-    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it."""
+    """(left, top, right, bottom) of a random part of a picture: `scale` of its area, sides 3:4 to
+    4:3. The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision
+    gave it."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-            break
-    else:  # a very long picture: the largest part of an allowed shape, from its middle
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
+            left = rng.integers(0, width - w + 1)
+            top = rng.integers(0, height - h + 1)
+            return np.array([left, top, left + w, top + h])
+    # A very long picture: the largest part of an allowed shape, from its middle.
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    left = (width - w) // 2
+    top = (height - h) // 2
     return np.array([left, top, left + w, top + h])
 
 def crops(image, boxes, size):
     """The parts `boxes` (n, 4) of a PIL image: (n, 3, size, size) uint8, RGB."""
-    # A JPEG not yet loaded decodes sooner to a half, quarter or eighth of its size. Where the resize shrinks
-    # that to two thirds or less, photographs lose no more by it than by being saved again at quality 90.
-    width, enough = image.width, 1.5 * size / (boxes[:, 2:] - boxes[:, :2]).min()
+    # Draft mode: a JPEG decodes sooner to a half, a quarter or an eighth of its size. Where the
+    # resize shrinks that to two thirds or less, photographs lose no more by it than by being saved
+    # again at quality 90.
+    width = image.width
+    shortest = (boxes[:, 2:] - boxes[:, :2]).min()
+    enough = 1.5 * size / shortest
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
     pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                  # (1, 3, H, W)
-    # The same as Pillow's resize up to rounding, five times as fast.
-    parts = [pixels[..., top:bottom, left:right] for left, top, right, bottom in boxes]
-    return torch.cat([F.interpolate(part, (size, size), mode="bicubic", antialias=True) for part in parts])
+    resized = []
+    for left, top, right, bottom in boxes:
+        crop = pixels[..., top:bottom, left:right]
+        # The same as Pillow's resize up to rounding, five times as fast.
+        resized.append(F.interpolate(crop, (size, size), mode="bicubic", antialias=True))
+    return torch.cat(resized)
+
+def random_crop(image, config, rng):
+    """What plain training sees of a photograph: a random part of it, (3, S, S) uint8."""
+    box = random_box(*image.size, config.scale, rng)
+    return crops(image, box[None], config.image_size)[0]
+
+def normalize(images):
+    """(..., 3, H, W) uint8 -> float32 on the same device, normalised as by open_clip, to the last
+    bit."""
+    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
+    mean, std = torch.tensor([MEAN, STD])[..., None, None].to(images.device, non_blocking=True)
+    return (images.float() / 255 - mean) / std
+
+# -----------------------------------------------------------------------------
+# Two views, for --views 2 (SLIP, A-CLIP). Skip it: plain training never comes here.
 
 # A-CLIP's strengths; None: the hue.
-JITTER = (ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4), (ImageEnhance.Color, 0.2), (None, 0.1)
+JITTER = ((ImageEnhance.Brightness, 0.4), (ImageEnhance.Contrast, 0.4),
+          (ImageEnhance.Color, 0.2), (None, 0.1))
 
-def augment(view, rng):
-    """A view (3, H, W) uint8 in other colours, greys, blurred or solarised, with A-CLIP's probabilities."""
-    image = Image.fromarray(view.permute(1, 2, 0).numpy())
-    for number in rng.permutation(4) if rng.random() < 0.8 else ():
+def jitter(image, rng):
+    """Other brightness, contrast, saturation and hue, one after the other in random order."""
+    for number in rng.permutation(4):
         enhancer, strength = JITTER[number]
         change = rng.uniform(-strength, strength)
         if enhancer:
@@ -297,6 +420,14 @@ def augment(view, rng):
         else:
             turn = Image.new("HSV", image.size, (round(255 * change) % 256, 0, 0))
             image = ImageChops.add_modulo(image.convert("HSV"), turn).convert("RGB")
+    return image
+
+def augment(view, rng):
+    """A view (3, H, W) uint8 in other colours, greys, blurred or solarised, with A-CLIP's
+    probabilities."""
+    image = Image.fromarray(view.permute(1, 2, 0).numpy())
+    if rng.random() < 0.8:
+        image = jitter(image, rng)
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.1:
@@ -305,99 +436,180 @@ def augment(view, rng):
         image = ImageOps.solarize(image, 128)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-def normalize(images):
-    """(..., 3, H, W) uint8 -> float32 on the same device, normalised as by open_clip, to the last bit."""
-    # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
-    mean, std = (torch.tensor(x).view(3, 1, 1).to(images.device, non_blocking=True) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+def two_views(image, config, rng):
+    """pixels (3, 3, S, S) uint8: two augmented views and, as it is, the part of the picture around
+    both; boxes (2, 4): where in that part the views lie, left, top, right, bottom in [0, 1]."""
+    boxes = np.stack([random_box(*image.size, config.scale, rng) for _ in range(2)])   # (2, 4)
+    corner = boxes[:, :2].min(0)
+    opposite = boxes[:, 2:].max(0)
+    pixels = crops(image, np.vstack([boxes, [*corner, *opposite]]), config.image_size)
+    for view in pixels[:2]:
+        view.copy_(augment(view, rng))
+    boxes = (boxes.reshape(2, 2, 2) - corner) / (opposite - corner)                    # views, corners, xy
+    return pixels, torch.from_numpy(boxes).flatten(1).float()
 
 # -----------------------------------------------------------------------------
-# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the last marked
-# with </w>; merges join the pair of symbols that was most frequent in training, in the order learned.
+# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the
+# last marked with </w>; merges join the pair of symbols that was most frequent in training, in the
+# order learned. Read Tokenizer.encode and skip the rest, unless you want to know how merges are
+# learned.
 
-# CLIP's printable stand-in for each byte: itself if it shows (! to ~, ¡ to ¬, ® to ÿ), else U+0100 and on.
-BYTES = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
-BYTES |= {byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in BYTES)}
+# CLIP's printable stand-in for each byte: itself if it shows (! to ~, ¡ to ¬, ® to ÿ), else U+0100
+# and what comes after it.
+BYTES = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+for byte in range(256):
+    if byte not in BYTES:
+        BYTES[byte] = chr(256 + len(BYTES) - 188)  # 188 of them show
 
-# What CLIP's ftfy.fix_text replaces, except mojibake: controls and byte order marks go, Latin-1 controls are
-# read as Windows-1252, quotes become straight, ligatures letters, full and half width letters plain ones.
-GONE = *range(9), 11, *range(14, 32), 127, 0xFEFF, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD)
-PLAIN = *map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)
-FIXES = dict.fromkeys(GONE) | {code: unicodedata.normalize("NFKC", chr(code)) for code in PLAIN}
-FIXES |= {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(128, 160)}
-FIXES |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+# CLIP first repairs a caption by ftfy.fix_text. Of what that does, we do all but one thing: it
+# also guesses which text was once decoded wrongly ("mojibake"). FIXES: code of a character -> what
+# stands in its place.
+FIXES = {}
+for code in [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD), 0xFEFF]:
+    FIXES[code] = None  # control characters go, and byte order marks
+for code in range(128, 160):  # a control in Latin-1, but a letter or a quote in Windows-1252
+    FIXES[code] = bytes([code]).decode("cp1252", "ignore") or chr(code)
+for code in [*map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)]:
+    # Several letters in one become letters, and those as wide or narrow as Chinese ones become
+    # plain.
+    FIXES[code] = unicodedata.normalize("NFKC", chr(code))
 FIXES[ord("ﬅ")] = "ſt"  # NFKC says st
+for quote in "ʼ‘’‚‛":
+    FIXES[ord(quote)] = "'"
+for quote in "“”„‟":
+    FIXES[ord(quote)] = '"'
 
-# CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _; \d is only
-# the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is another case of s.
+# CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _;
+# \d is only the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is
+# another case of s.
 NUMBERS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("Nl", "No"))
-WORD = re.compile(rf"'(?:[sſtmd]|re|ve|ll)|(?:[a-z]|[^\W\d_{NUMBERS}])+|[\d{NUMBERS}]|(?:[^\s\w]|_)+")
+WORD = re.compile("|".join([
+    r"'(?:[sſtmd]|re|ve|ll)",          # it's, don't, we're
+    rf"(?:[a-z]|[^\W\d_{NUMBERS}])+",  # letters
+    rf"[\d{NUMBERS}]",                 # a single digit
+    r"(?:[^\s\w]|_)+"]))               # what is left, but no space
 MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
 
 def split_words(text):
-    """The words of a caption, each a string of byte symbols; the text is fixed, unescaped, in lower case."""
+    """The words of a caption, each a string of byte symbols; the text is fixed, unescaped, in
+    lower case."""
     before = None
-    while before != text:  # a replacement can make room for another one
+    while text != before:  # a replacement can make room for another one
         before = text
-        text = text if "<" in text else html.unescape(text)
+        if "<" not in text:  # else it may be HTML, in which &lt; means something else, says ftfy
+            text = html.unescape(text)
         text = re.sub(r"\x1b\[[\d;]*[a-zA-Z]", "", text)  # a terminal's colours
-        text = unicodedata.normalize("NFC", text.translate(FIXES))
-    text = " ".join(html.unescape(html.unescape(text)).split()).lower()[:MAX_CHARACTERS]
-    return ["".join(map(BYTES.get, word.encode("utf-8", "replace"))) for word in WORD.findall(text)]
+        text = text.translate(FIXES)
+        text = unicodedata.normalize("NFC", text)
+    text = html.unescape(html.unescape(text))
+    text = " ".join(text.split()).lower()
+    words = []
+    for word in WORD.findall(text[:MAX_CHARACTERS]):
+        raw = word.encode("utf-8", "replace")
+        words.append("".join([BYTES[byte] for byte in raw]))
+    return words
+
+def count_words(captions):
+    """How often each word occurs, a Counter."""
+    counts = Counter()
+    for caption in captions:
+        counts.update(split_words(caption))
+    return counts
+
+def symbols_of(word):
+    """A word before any merge: a list of byte symbols, the last with the mark of a word's end."""
+    return [*word[:-1], word[-1] + "</w>"]
+
+def merge(symbols, pair):
+    """The list with each such pair of neighbours joined to one symbol."""
+    left, right = pair
+    joined = left + right
+    merged = []
+    for symbol in symbols:
+        if symbol == right and merged and merged[-1] == left:
+            merged[-1] = joined
+        else:
+            merged.append(symbol)
+    return merged
+
+def most_frequent(heap, pair_count):
+    """Takes the most frequent pair off a heap of (-count, pair), where counts may be too high; or
+    None."""
+    while heap:
+        count, pair = heapq.heappop(heap)
+        if -count == pair_count[pair]:
+            return pair
+        heapq.heappush(heap, (-pair_count[pair], pair))
+    return None
 
 def learn_merges(captions, num_merges, progress=False):
-    """Up to `num_merges` BPE merges, 'a b' a line: always the most frequent pair, none that occurs once."""
-    captions = tqdm(captions, "reading captions", delay=2, leave=False, disable=not progress)
-    counts = Counter(word for caption in captions for word in split_words(caption))
-    # A word is " c  a  t</w> ": each symbol has spaces of its own, so that split and replace find its pairs.
-    words, times = [f" {'  '.join(word)}</w> " for word in counts], list(counts.values())
-    pair_count, holders = Counter(), defaultdict(set)  # of a pair: how often it occurs, numbers of its words
+    """Up to `num_merges` BPE merges, 'a b' a line: always the most frequent pair, none that occurs
+    once."""
+    quiet = dict(delay=2, leave=False, disable=not progress)
+    counts = count_words(tqdm(captions, "reading captions", **quiet))
+    words = [symbols_of(word) for word in counts]
+    times = list(counts.values())
+    # To count all pairs anew after each merge would take days. But a merge changes only the words
+    # that hold its pair: we know which these are, and take their pairs out of the counts before it
+    # and back in after.
+    pair_count = Counter()
+    holders = defaultdict(set)  # pair -> numbers of the words that hold it, or held it once
     for number, word in enumerate(words):
-        for pair in pairwise(word.split()):
+        for pair in pairwise(word):
             pair_count[pair] += times[number]
             holders[pair].add(number)
-    heap, merges = sorted((-count, pair) for pair, count in pair_count.items()), []  # a sorted list is a heap
-    for _ in tqdm(range(num_merges), "learning merges", delay=2, leave=False, disable=not progress):
-        count, pair = heapq.heappop(heap) if heap else (0, None)
-        while -count != pair_count[pair]:  # an old count: put the pair back with its present one
-            count, pair = heapq.heappushpop(heap, (-pair_count[pair], pair))
-        if -count < 2:
+    # Nor do we search all pairs for the largest count: a heap has it on top. Counts that fall are
+    # put right when they come up there, counts that grow at once; of equal counts the first in the
+    # alphabet wins.
+    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(heap)
+    merges = []
+    for _ in tqdm(range(num_merges), "learning merges", **quiet):
+        pair = most_frequent(heap, pair_count)
+        if pair is None or pair_count[pair] < 2:
             break
         merges.append(" ".join(pair))
-        joined, grown = "".join(pair), set()
+        joined = "".join(pair)
+        grown = set()
         for number in holders.pop(pair):
-            pieces, n = words[number].split(" %s  %s " % pair), times[number]
-            words[number] = f" {joined} ".join(pieces)
-            # Pairs change at a piece's ends alone. (first, last), which may be no pair, goes and comes back.
-            for place, piece in enumerate(pieces):
-                ends = piece.split(None, 1)[:1] + piece.rsplit(None, 1)[-1:]
-                for change, left, right in (-n, pair[1], pair[0]), (n, joined, joined):
-                    for near in pairwise([left] * (place > 0) + ends + [right] * (place < len(pieces) - 1)):
-                        pair_count[near] += change
-                        if joined in near:
-                            holders[near].add(number)
-                            grown.add(near)
-        for new in grown:
-            heapq.heappush(heap, (-pair_count[new], new))
+            for near in pairwise(words[number]):
+                pair_count[near] -= times[number]
+            words[number] = merge(words[number], pair)
+            for near in pairwise(words[number]):
+                pair_count[near] += times[number]
+                if joined in near:
+                    holders[near].add(number)
+                    grown.add(near)
+        for near in grown:
+            heapq.heappush(heap, (-pair_count[near], near))
     return "\n".join(merges)
 
 class Tokenizer:
-    """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges, <start>, <end>."""
+    """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges,
+    <start>, <end>."""
     def __init__(self, merges, context_length=77):
-        self.merges, self.context_length = merges, context_length
+        self.merges = merges
+        self.context_length = context_length
         pairs = [tuple(line.split()) for line in merges.splitlines()]
-        symbols = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values()), *map("".join, pairs)]
+        symbols = list(BYTES.values())
+        symbols += [symbol + "</w>" for symbol in symbols]
+        symbols += ["".join(pair) for pair in pairs]
         self.rank = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {symbol: number for number, symbol in enumerate(symbols)}
-        self.start, self.end, self.vocab_size = len(symbols), len(symbols) + 1, len(symbols) + 2
+        self.start = len(symbols)
+        self.end = len(symbols) + 1
+        self.vocab_size = len(symbols) + 2
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something else."""
+        """CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something
+        else."""
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
-                # A line of version, then the merges: CLIP takes as many as make 49,408 ids with the others.
-                merges = file.read().splitlines()[1:49408 - 512 - 2 + 1]
+                lines = file.read().splitlines()
+            # A line of version, then the merges: CLIP takes 48,894, which make 49,408 ids with the
+            # others.
+            merges = lines[1:48895]
             if not merges or any(len(line.split()) != 2 for line in merges):
                 raise ValueError("not a list of two symbols a line")
         except Exception as error:  # OSError, EOFError, zlib.error ...
@@ -406,159 +618,235 @@ class Tokenizer:
 
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
-        """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over and over."""
-        word = f" {'  '.join(word)}</w> "
-        while True:
-            symbols = word.split()
-            pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf), default=None)
+        """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over
+        and over."""
+        symbols = symbols_of(word)
+        while len(symbols) > 1:
+            pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
             if pair not in self.rank:
-                return [self.ids[symbol] for symbol in symbols]
-            word = word.replace(" %s  %s " % pair, " %s%s " % pair)
+                break
+            symbols = merge(symbols, pair)
+        return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, captions):
-        """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; cut before <end> if too long."""
+        """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; cut before <end> if
+        too long."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
             words = split_words(caption) if isinstance(caption, str) else caption
-            ids = [number for word in words for number in self.word_ids(word)]
+            ids = []
+            for word in words:
+                ids += self.word_ids(word)
             ids = [self.start, *ids[:self.context_length - 2], self.end]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
+# -----------------------------------------------------------------------------
+# Captions of a shard, and how often their words occur.
+
+def read_captions(shard, row):
+    """A list of str, maybe empty: lines of a row's .txt, or its json's "caption". ValueError if
+    damaged."""
+    raw = read_bytes(shard, row["text"], row["text_size"])
+    if row["json"]:
+        try:
+            found = json.loads(raw)["caption"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError("no UTF-8 json with a caption") from None
+    else:
+        try:
+            found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
+        except UnicodeDecodeError:
+            raise ValueError("caption is not UTF-8") from None
+    if isinstance(found, str):
+        found = found.split("\n")
+    if not isinstance(found, list):
+        return []
+    return [line for line in found if isinstance(line, str) and line.strip()]
+
+def sample_captions(shards, index, limit=100_000):
+    """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges
+    from."""
+    step = max(1, math.ceil(len(index) / limit))
+    for row in index[::step]:
+        with suppress(ValueError):  # such a sample is counted where it is trained on
+            yield from read_captions(shards[row["shard"]], row)
+
 def word_chances(captions, threshold=1e-6, least=5):
-    """{word: its chance to go first, max(0, 1 - sqrt(threshold / its share of all words))}, after CLIPF
-    (Liang and Larson, WACV 2026). Words that occur less than `least` times are left out: they go first."""
-    counts = Counter(word for caption in captions for word in split_words(caption))
+    """{word: its chance to go first, max(0, 1 - sqrt(threshold / its share of all words))}, after
+    CLIPF (Liang and Larson, WACV 2026). Words that occur less than `least` times are left out:
+    they go first."""
+    counts = count_words(captions)
     total = counts.total()
-    return {word: max(0.0, 1 - math.sqrt(threshold * total / n)) for word, n in counts.items() if n >= least}
+    chances = {}
+    for word, count in counts.items():
+        if count >= least:
+            chances[word] = max(0.0, 1 - math.sqrt(threshold * total / count))
+    return chances
 
 # -----------------------------------------------------------------------------
-# Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch began:
-# neither the number of workers nor their timing can change what the model sees.
+# Batches. Each is made whole by one worker, from sample numbers that were fixed before the epoch
+# began: neither the number of workers nor their timing can change what the model sees.
 
-class Batches(torch.utils.data.Dataset):
-    """Batch b of this rank: images (V, B, 3, H, W) uint8, boxes (V, B, 4), tokens (B, T), decoded (B,) bool,
-    lost, fault. order: (steps, B) sample numbers; V: --views. `whole` adds to images the part around all
-    views, in which they are the boxes (left, top, right, bottom in [0, 1]). The first `masked` batches have
-    shorter captions. What does not decode is black, its cause in `lost`. fault: the disk's message, or ""."""
-    def __init__(self, config, shards, index, order, tokenizer, epoch, whole=False, chances=None, masked=0):
-        self.config, self.shards, self.index, self.order, self.epoch = config, shards, index, order, epoch
-        self.tokenizer, self.whole, self.chances, self.masked = tokenizer, whole, chances, masked
+class Batch(NamedTuple):
+    images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
+    tokens: torch.Tensor   # (B, T) int64
+    decoded: torch.Tensor  # (B,) bool
+    boxes: torch.Tensor    # for --views 2 only, else None
+    lost: list             # why samples did not decode, a str each
+    fault: str             # what the disk said when it failed: the run has to stop; else ""
+
+def shared(batch):
+    """The batch, which its worker may now send: in shared memory, if there is a worker."""
+    if torch.utils.data.get_worker_info():
+        # Without room in shared memory, this fails here; the thread that sends would hang forever.
+        for field in batch:
+            if isinstance(field, torch.Tensor):
+                field.share_memory_()
+    return batch
+
+@dataclass
+class Batches:
+    """batches[number] is a Batch: this rank's share of a step."""
+    config: object
+    shards: list           # their paths
+    index: np.ndarray      # (N,) of INDEX
+    order: np.ndarray      # (steps, B) numbers of samples in the index
+    tokenizer: object
+    epoch: int
+    chances: dict = None   # of words, for --text-tokens,
+    num_masked: int = 0    # in this many batches from the first on
 
     def __getitem__(self, number):
-        config, samples, lost, fault = self.config, self.order[number], [], ""
-        V, B, size = config.views, len(samples), config.image_size
-        images = torch.zeros(V + bool(self.whole), B, 3, size, size, dtype=torch.uint8)
-        boxes, decoded, words = torch.zeros(V, B, 4), torch.ones(B, dtype=torch.bool), [[] for _ in samples]
+        if self.config.views == 2:
+            return self.two_view_batch(number)
+        size = self.config.image_size
+        black = torch.zeros(3, size, size, dtype=torch.uint8)
+        batch = self.load(number, random_crop, black)
+        return shared(batch._replace(images=torch.stack(batch.images)))
+
+    def load(self, number, see, blank):
+        """A Batch whose images are a list: see(image, config, rng) of each, or `blank` if it does
+        not decode."""
+        config = self.config
+        samples = self.order[number]
+        images = [blank] * len(samples)
+        words = [[]] * len(samples)
+        decoded = torch.ones(len(samples), dtype=torch.bool)
+        lost = []
+        fault = ""
         for i, sample in enumerate(samples):
             row = self.index[sample]
             shard = self.shards[row["shard"]]
-            # Seeded by the sample, so that its crops depend neither on its worker nor on its batch.
+            # Seeded by the sample, so that its crop depends neither on its worker nor on its batch.
             rng = np.random.default_rng([config.seed, self.epoch, sample])
             try:
-                texts, raw = captions(shard, row), read_bytes(shard, row["image"], row["image_size"])
-                words[i] = split_words(texts[rng.integers(len(texts))]) if texts else []
+                captions = read_captions(shard, row)
+                raw = read_bytes(shard, row["image"], row["image_size"])
+                if captions:
+                    words[i] = split_words(captions[rng.integers(len(captions))])
                 if not words[i]:
                     raise ValueError("empty caption")
                 with open_image(raw) as image:
-                    image = upright(image)
-                    found = np.stack([random_box(*image.size, config.scale, rng) for _ in range(V)])
-                    low, high = found[:, :2].min(0), found[:, 2:].max(0)  # corners of the part around them
-                    images[:, i] = crops(image, np.vstack([found, [*low, *high]])[:len(images)], size)
-                boxes[:, i] = torch.from_numpy((found - np.tile(low, 2)) / np.tile(high - low, 2))
-                for view in images[:V, i] if V > 1 else ():
-                    view.copy_(augment(view, rng))
-                if config.text_tokens and number < self.masked:
+                    images[i] = see(upright(image), config, rng)
+                if config.text_tokens and number < self.num_masked:
                     words[i] = self.shorten(words[i], rng)
             except OSError as error:
                 fault = message(error)
-            except ValueError as error:
+            except ValueError as error:  # its words may stay: the loss leaves out the pair
                 decoded[i] = False
                 lost.append(str(error))
-        batch = images, boxes, self.tokenizer.encode(words), decoded
-        # A worker without room in shared memory fails here; in the thread that sends, it would hang forever.
-        for x in batch if torch.utils.data.get_worker_info() else ():
-            x.share_memory_()
-        return *batch, lost, fault
+        return Batch(images, self.tokenizer.encode(words), decoded, None, lost, fault)
+
+    def two_view_batch(self, number):
+        """The same for --views 2: images (3, B, 3, H, W), boxes (2, B, 4), both as two_views
+        says."""
+        size = self.config.image_size
+        blank = (torch.zeros(3, 3, size, size, dtype=torch.uint8), torch.zeros(2, 4))
+        batch = self.load(number, two_views, blank)
+        images, boxes = zip(*batch.images)
+        return shared(batch._replace(images=torch.stack(images, dim=1), boxes=torch.stack(boxes, dim=1)))
 
     def shorten(self, words, rng):
-        """The words with the highest `noise - chance`, in order, of text_tokens tokens at most (CLIPF)."""
+        """The words with the highest `noise - chance`, in order, of --text-tokens tokens at most
+        (CLIPF)."""
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
-        kept = sorted(order[sizes.cumsum() <= self.config.text_tokens])
-        # The first word may be longer than that, in scripts without spaces: then its beginning stays.
-        return [words[i] for i in kept] or [words[order[0]][:self.config.text_tokens]]
-
-def captions(shard, row):
-    """A list of str, maybe empty: lines of a row's .txt, or its json's "caption". ValueError if damaged."""
-    raw = read_bytes(shard, row["text"], row["text_size"])
-    try:  # -sig: some editors put a mark before the first line
-        found = json.loads(raw)["caption"] if row["json"] else raw.decode("utf-8-sig")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
-    lines = found.split("\n") if isinstance(found, str) else found if isinstance(found, list) else []
-    return [line for line in lines if isinstance(line, str) and line.strip()]
-
-def sample_captions(shards, index, limit=100_000):
-    """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges from."""
-    for row in index[::max(1, math.ceil(len(index) / limit))]:
-        with suppress(ValueError):  # such a sample is counted where it is trained on
-            yield from captions(shards[row["shard"]], row)
+        kept = order[sizes.cumsum() <= self.config.text_tokens]
+        if len(kept) == 0:  # the first is longer than that, in a script without spaces: its beginning stays
+            return [words[order[0]][:self.config.text_tokens]]
+        return [words[i] for i in sorted(kept)]
 
 # -----------------------------------------------------------------------------
-# Writing shards.
+# Writing shards. Training never does: skip it.
 
 def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
-    """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on. Returns how many shards."""
+    """Writes {extension: bytes} samples as folder/00000.tar, ...; keys count on. Returns how many
+    shards."""
     os.makedirs(folder, exist_ok=True)
-    shard = -1
-    for shard, part in groupby(enumerate(samples), key=lambda numbered: numbered[0] // shard_size):
+    num_shards = 0
+    for shard, numbered in groupby(enumerate(samples), lambda pair: pair[0] // shard_size):
         with write_whole(f"{folder}/{name.format(shard)}") as file, tarfile.open(None, "w", file) as tar:
-            for number, files in part:
+            for number, files in numbered:
                 for extension, raw in files.items():
                     member = tarfile.TarInfo(f"{number:09d}.{extension}")
                     member.size = len(raw)
                     tar.addfile(member, io.BytesIO(raw))
-    return shard + 1
+        num_shards += 1
+    return num_shards
 
-def list_samples(path):
-    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative to its
-    folder. Lines of one image that follow each other are one sample. ValueError that names a bad line."""
+def list_lines(path):
+    """Yields (image path, caption) of a list's lines that are not blank. ValueError that names a
+    bad line."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        for image, lines in groupby(numbered, key=lambda line: line[1].partition("\t")[0]):
-            texts = []
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            image, _, caption = line.rstrip("\r\n").partition("\t")
             try:
-                for number, line in lines:
-                    texts.append(line.partition("\t")[2].rstrip("\r\n"))
-                    if not image or not texts[-1].strip() or re.search("[\udc80-\udcff]", line):  # not UTF-8
-                        raise ValueError(f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}")
-                extension = image.rpartition(".")[2].lower()
-                if extension not in IMAGE_EXTENSIONS:
+                not_utf8 = re.search("[\udc80-\udcff]", line)
+                if not image or not caption.strip() or not_utf8:
+                    raise ValueError(f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}")
+                if image.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
                     raise ValueError(f"{image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
-                with open(os.path.join(os.path.dirname(path), image), "rb") as picture:
-                    yield {extension: picture.read(), "txt": "\n".join(texts).encode()}
+                image = os.path.join(os.path.dirname(path), image)
+                open(image, "rb").close()
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {message(error)}") from None
+            yield image, caption
+
+def list_samples(path):
+    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths
+    relative to its folder. Lines of one image that follow each other are one sample. ValueError
+    that names a bad line."""
+    for image, lines in groupby(list_lines(path), lambda line: line[0]):
+        captions = [caption for _, caption in lines]
+        with open(image, "rb") as file:
+            raw = file.read()
+        extension = image.rpartition(".")[2].lower()
+        yield {extension: raw, "txt": "\n".join(captions).encode()}
 
 # -----------------------------------------------------------------------------
-# Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs, the
-# background repeats itself and the objects have detail inside, so there is something for a mask to find.
+# Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs,
+# the background repeats itself and the objects have detail inside, so there is something for a
+# mask to find. Nothing else depends on how they are drawn: skip it.
 
 SCENE_SIZE = 48  # pixels, both sides
 SPLITS = {"train": 20_000, "seen": 1_000, "unseen": 500, "retrieval": 500}
 COLOURS = {"red": (255, 60, 50), "yellow": (255, 235, 40), "green": (50, 220, 70), "cyan": (60, 235, 245),
            "blue": (70, 120, 255), "purple": (180, 80, 255), "pink": (255, 140, 210), "white": (250,) * 3}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "bar", "ring", "crescent")
-RADII = ("small", 0.24, 0.29), ("large", 0.32, 0.38)  # share of the picture; less if there are two objects
+RADII = (("small", 0.24, 0.29), ("large", 0.32, 0.38))  # share of the picture; less if there are two objects
 
-# Each colour and each shape misses one partner, always the same: these pairs are in no training scene.
+# Each colour and each shape misses one partner, always the same: these pairs are in no training
+# scene.
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]  # the classes, in label order
 UNSEEN = list(zip(COLOURS, SHAPES))
 SEEN = [pair for pair in PAIRS if pair not in UNSEEN]
 
-# Captions; most are short: a small model learns shape late. x, y: objects; r: relation; b: background.
+# Captions; most are short: a small model learns shape late. x, y: objects; r: relation; b:
+# background.
 RELATIONS = ((0, -1, ("left of", "to the left of")), (0, 1, ("right of", "to the right of")),
              (1, -1, ("above", "over")), (1, 1, ("below", "under")))  # axis, side of x, words
 BACKGROUNDS = (("plain", ("a plain background", "a flat background")), ("blobs", ("soft blobs", "blobs")),
@@ -569,15 +857,17 @@ ONE = (*ALONE, "{x} on {b}", "there is {x} on {b}", "{x} in front of {b}", "on {
 FULL = ("{x} {r} {y} on {b}", "there is {x} {r} {y} on {b}", "on {b} {x} is {r} {y}", "{b} with {x} {r} {y}",
         "a picture of {x} {r} {y} on {b}", "{x} {r} {y} in front of {b}")
 TWO = (*FULL, "{x} {r} {y}", "{x} is {r} {y}", "a picture of {x} {r} {y}", "{x} and {y}")
-CLASSES = {"classnames.txt": list(map(" ".join, PAIRS)),  # beside the shards: {text file: its lines}
+CLASSES = {"classnames.txt": [" ".join(pair) for pair in PAIRS],  # beside the shards: {text file: its lines}
            "zeroshot_classification_templates.txt": [text.format(x="a {c}") for text in ALONE]}
 FILES = {"seen": CLASSES, "unseen": CLASSES, "retrieval": {"dataset_type.txt": ["retrieval"]}}
 
-# Shapes have corners (angles in degrees, distances from the center), or are a disc and perhaps a hole in it.
-OUTLINES = {"square": (np.arange(4) * 90 + 45, 1), "triangle": (np.arange(3) * 120 - 90, 1),
-            "star": (np.arange(10) * 36 - 90, [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
-            "cross": (np.add.outer(np.arange(4) * 90, [-17, 17, 45]).ravel(), [1, 1, 0.42] * 4)}
-DISCS = {"circle": [(0, 1)], "ring": [(0, 1), (0, 0.55)], "crescent": [(0, 1), (0.5, 0.75)]}  # shift, radius
+# A shape has corners, (angles in degrees, distances from the center), or is a disc and perhaps a
+# hole in it, (shift to the right, radius).
+CROSS_ANGLES = [-17, 17, 45, 73, 107, 135, 163, 197, 225, 253, 287, 315]
+OUTLINES = {"square": ([45, 135, 225, 315], 1), "triangle": ([-90, 30, 150], 1),
+            "star": (np.arange(-90, 270, 36), [1, 0.42] * 5), "bar": ([-17, 17, 163, 197], 1),
+            "cross": (CROSS_ANGLES, [1, 1, 0.42] * 4)}
+DISCS = {"circle": [(0, 1)], "ring": [(0, 1), (0, 0.55)], "crescent": [(0, 1), (0.5, 0.75)]}
 
 def pick(rng, options):
     """One of the options, uniformly (rng.choice does the same, many times slower)."""
@@ -585,75 +875,116 @@ def pick(rng, options):
 
 def draw_background(rng, kind):
     """(H, W, 3) float: two dark colours, mixed as the kind says."""
-    Y, X = np.mgrid[-1:1:SCENE_SIZE * 1j, -1:1:SCENE_SIZE * 1j].astype(np.float32)
-    mix, angle = np.full_like(X, rng.random()), rng.uniform(0, 2 * np.pi)
+    ticks = np.linspace(-1, 1, SCENE_SIZE, dtype=np.float32)
+    X, Y = np.meshgrid(ticks, ticks)
+    mix = np.full_like(X, rng.random())
+    angle = rng.uniform(0, 2 * np.pi)
     if kind == "gradient":
         mix = 0.5 + 0.35 * (X * np.cos(angle) + Y * np.sin(angle))
     elif kind == "blobs":
-        mix = np.asarray(Image.fromarray(rng.random((5, 5), np.float32)).resize(X.shape, Image.BICUBIC))
+        noise = Image.fromarray(rng.random((5, 5), np.float32))
+        mix = np.asarray(noise.resize(X.shape, Image.BICUBIC))
     dark = rng.uniform(15, 60) + rng.uniform(-12, 12, 3)
-    return dark + mix[..., None] * (rng.uniform(15, 30) + rng.uniform(-8, 8, 3))
+    lighter_by = rng.uniform(15, 30) + rng.uniform(-8, 8, 3)
+    return dark + mix[..., None] * lighter_by
 
-def draw_shape(shape, x, y, r, turn):
-    """(H, W, 1) in [0, 1]: how much of each pixel a shape covers; its center, radius, turn in degrees."""
+def draw_shape(shape, center, r, turn):
+    """(H, W, 1) in [0, 1]: how much of each pixel a shape covers; its center, radius, turn in
+    degrees."""
     mask = Image.new("L", (2 * SCENE_SIZE, 2 * SCENE_SIZE))  # drawn at twice the size for smooth edges
-    draw, x, y, r = ImageDraw.Draw(mask), 2 * x, 2 * y, 2 * r
+    draw = ImageDraw.Draw(mask)
+    center = 2 * center
+    r = 2 * r
     if shape in OUTLINES:
-        angles, radii = OUTLINES[shape]
-        points = r * np.multiply(radii, np.exp(1j * np.radians(np.add(angles, turn)))) + x + 1j * y
-        draw.polygon(points.view(float).tolist(), fill=255)  # x, y, x, y, ...
-    for (shift, radius), fill in zip(DISCS.get(shape, ()), (255, 0)):
-        draw.circle((x + shift * r, y), radius * r, fill)
+        angles, distances = OUTLINES[shape]
+        angles = np.radians(np.add(angles, turn))
+        x = center[0] + r * np.multiply(distances, np.cos(angles))
+        y = center[1] + r * np.multiply(distances, np.sin(angles))
+        draw.polygon(list(zip(x, y)), fill=255)
+    else:
+        fill = 255
+        for shift, radius in DISCS[shape]:
+            draw.circle(center + (shift * r, 0), radius * r, fill)
+            fill = 0  # the second disc is a hole
     return np.asarray(mask.reduce(2), np.float32)[..., None] / 255
 
+def pick_objects(rng, split, index):
+    """The one or two (colour, shape) pairs of a scene."""
+    if split == "seen":
+        return [SEEN[index % len(SEEN)]]
+    if split == "unseen":
+        return [UNSEEN[index % len(UNSEEN)]]
+    if split == "retrieval":
+        return [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+    first = rng.integers(len(SEEN))
+    second = first + rng.integers(1, len(SEEN))
+    objects = [SEEN[first], SEEN[second % len(SEEN)]]
+    return objects[:pick(rng, (1, 1, 1, 1, 2))]  # one in five scenes keeps both
+
 def demo_sample(split, index):
-    """{extension: bytes} of scene `index`: jpg, and txt for train and retrieval, cls for seen and unseen."""
-    # The split is part of the seed: no two splits share a random stream, and no test scene is a training one.
+    """{extension: bytes} of scene `index`: jpg, and txt for train and retrieval, cls for seen and
+    unseen."""
+    # The split is part of the seed: no two splits share a random stream, and no test scene is a
+    # training one.
     rng = np.random.default_rng([0, list(SPLITS).index(split), index])
     full = split == "retrieval"  # two objects, and a caption that leaves nothing out
-    classes = {"seen": SEEN, "unseen": UNSEEN}.get(split)
-    if classes:
-        pairs = [classes[index % len(classes)]]
-    elif full:
-        pairs = [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
-    else:
-        first, step = rng.integers(len(SEEN)), rng.integers(1, len(SEEN))
-        pairs = [SEEN[first], SEEN[(first + step) % len(SEEN)]][:pick(rng, (1, 1, 1, 1, 2))]
-    (kind, backgrounds), (axis, side, relations) = pick(rng, BACKGROUNDS), pick(rng, RELATIONS)
-    pixels, names, S = draw_background(rng, kind), [], SCENE_SIZE
-    for (colour, shape), side in zip(pairs, (side, -side)):
+    objects = pick_objects(rng, split, index)
+    kind, backgrounds = pick(rng, BACKGROUNDS)
+    axis, side, relations = pick(rng, RELATIONS)
+    pixels = draw_background(rng, kind)
+    names = []
+    S = SCENE_SIZE
+    for colour, shape in objects:
         size, least, most = pick(rng, RADII)
-        r = S * rng.uniform(least, most) * (0.62 if len(pairs) == 2 else 1)
+        r = S * rng.uniform(least, most)
+        if len(objects) == 2:
+            r *= 0.62
         room = S / 2 - r - 1              # how far the center may be from the middle
         center = rng.uniform(-room, room, 2)
-        if len(pairs) == 2:               # in a half of its own: at least r from the middle line
+        if len(objects) == 2:             # in a half of its own: at least r from the middle line
             center[axis] = side * rng.uniform(min(r, room), room)
-        cover = draw_shape(shape, *(center + S / 2), r, rng.uniform(-15, 15))
+            side = -side
+        cover = draw_shape(shape, center + S / 2, r, rng.uniform(-15, 15))
         grain = rng.uniform(-60, 60, (S, S, 1)) + rng.uniform(-15, 15, (S, S, 3))
         pixels = pixels + cover * (COLOURS[colour] + grain - pixels)
-        names.append(f"a {size} {colour} {shape}" if full or rng.random() < 0.5 else f"a {colour} {shape}")
-    template = pick(rng, FULL if full else (ONE, TWO)[len(pairs) - 1])
+        name = f"{colour} {shape}"
+        if full or rng.random() < 0.5:
+            name = f"{size} {name}"
+        names.append(f"a {name}")
+    if full:
+        template = pick(rng, FULL)
+    elif len(objects) == 2:
+        template = pick(rng, TWO)
+    else:
+        template = pick(rng, ONE)
     caption = template.format(x=names[0], y=names[-1], r=pick(rng, relations), b=pick(rng, backgrounds))
     jpeg = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
-    extension, text = ("cls", str(PAIRS.index(pairs[0]))) if classes else ("txt", caption)
-    return {"jpg": jpeg.getvalue(), extension: text.encode()}
+    if split in ("seen", "unseen"):
+        label = PAIRS.index(objects[0])
+        return {"jpg": jpeg.getvalue(), "cls": str(label).encode()}
+    return {"jpg": jpeg.getvalue(), "txt": caption.encode()}
 
 def make_demo(folder):
-    """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it is there."""
+    """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it
+    is there."""
     if os.path.isdir(folder):
         return
     for split, number in SPLITS.items():
-        target, bar = f"{folder}.part/{split}", tqdm(range(number), f"drawing demo/{split}", unit=" scenes")
-        samples = (demo_sample(split, i) for i in bar)
+        target = f"{folder}.part/{split}"
+        bar = tqdm(range(number), f"drawing demo/{split}", unit=" scenes")
+        samples = (demo_sample(split, index) for index in bar)
         if split == "train":
             write_shards(target, samples)
             continue
-        shards = write_shards(f"{target}/test", samples, name="{}.tar")
-        for name, lines in {"test/nshards.txt": [shards], **FILES[split]}.items():
+        num_shards = write_shards(f"{target}/test", samples, name="{}.tar")
+        for name, lines in {"test/nshards.txt": [num_shards], **FILES[split]}.items():
             with open(f"{target}/{name}", "w") as file:
                 file.writelines(f"{line}\n" for line in lines)
     os.replace(folder + ".part", folder)  # under its name only when whole
+
+# -----------------------------------------------------------------------------
+# The commands.
 
 def main():
     """The commands `pack` and `demo`."""
@@ -662,16 +993,18 @@ def main():
     pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
     pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
     pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
-    commands.add_parser("demo", help="draw the demo data set").add_argument("out", help="folder to make")
+    demo = commands.add_parser("demo", help="draw the demo data set")
+    demo.add_argument("out", help="folder to make")
     options = parser.parse_args()
     try:
         if options.command == "demo":
             make_demo(options.out)
-        elif glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
+            return
+        if glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
             raise ValueError(f"{options.out}: holds shards already; name another folder")
-        else:
-            samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
-            print(f"wrote {write_shards(options.out, samples, 10_000)} shards to {options.out}")
+        samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
+        num_shards = write_shards(options.out, samples, 10_000)
+        print(f"wrote {num_shards} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"error: {message(error)}")
 
