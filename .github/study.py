@@ -459,8 +459,7 @@ def lines_over_patches(found):
             mean, error = np.array(points).T
             bands.append((color + "38", sizes, np.stack([mean - error, mean + error])))
             lines.append((color, sizes, mean))
-            seeds = [str(len(found[patch_size, RULE, name])) for patch_size in PATCH_SIZES]
-            legend.append((f"{name}, {' and '.join(seeds)} seeds", color))
+            legend.append((name, color))
     return bands + lines, legend
 
 
