@@ -68,48 +68,48 @@ def knob(default, meaning, least=0):
 class Config:
     """The paper's run: ViT-B-16 at 224 on CC12M."""
     # data
-    data: tuple = knob((), "training shards: paths, globs, brace ranges; none: the demo draws its own")
+    data: tuple = knob((), "training shards: paths, globs, ranges; none: the demo draws its own")
     val: tuple = knob((), "folders to evaluate after every epoch, in CLIP_benchmark's layout")
-    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; without it, captions teach the merges")
+    vocab: str = knob("", "CLIP's bpe_simple_vocab_16e6.txt.gz; else captions teach the merges")
     vocab_size: int = knob(49408, "largest vocabulary to learn (CLIP)", least=514)
-    max_bad: float = knob(0.1, "share of shards or samples that may be broken before the run stops (ours)")
+    max_bad: float = knob(0.1, "share of shards or samples that may be broken (ours)")
     # model
     model: str = knob("ViT-B-16", "model size: ViT-B-16, ViT-S-16, ViT-L-16 or demo")
     image_size: int = knob(224, "side of the square input, pixels", least=1)
-    patch_size: int = knob(16, "side of a patch, pixels, also for a model with 16 in its name", least=1)
+    patch_size: int = knob(16, "side of a patch, pixels, whatever the model's name says", least=1)
     context_length: int = knob(77, "tokens a caption is cut to, with start and end (CLIP)", least=3)
-    quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) in place of GELU, as in OpenAI's own weights")
+    quick_gelu: bool = knob(False, "x * sigmoid(1.702 x) for GELU, as in OpenAI's own weights")
     # mask
     mask: str = knob("pgs", "patches to remove: none, random, center, cluster, attentive or pgs")
-    ratio: tuple = knob((0.5,), "share of patches removed; two for cluster, attentive, pgs: a range")
-    edges: bool = knob(True, "pgs: propose patches without edges; off: any patch (paper's ablation)")
-    transport: bool = knob(True, "pgs: balance the similarity by optimal transport (paper's ablation)")
-    embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels alone (E-CLIP)")
-    ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: as the images")
-    text_tokens: int = knob(0, "words' tokens of a caption; longer ones lose common words; 0: all (CLIPF)")
+    ratio: tuple = knob((0.5,), "share of patches removed; for cluster, attentive, pgs also a range")
+    edges: bool = knob(True, "pgs: propose flat patches; off: any patch (paper's ablation)")
+    transport: bool = knob(True, "pgs: balance the similarity by transport (paper's ablation)")
+    embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels (E-CLIP)")
+    ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: as images")
+    text_tokens: int = knob(0, "longer captions lose common words, down to this; 0: none (CLIPF)")
     views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
-    contrast: tuple = knob((), "with --views 2, losses between the views: simclr, byol or both (A-CLIP)")
-    unmasked_epochs: float = knob(0.0, "epochs at the end on whole images; at most half the run (FLIP)")
+    contrast: tuple = knob((), "with --views 2, losses between them: simclr, byol or both (A-CLIP)")
+    unmasked_epochs: float = knob(0.0, "epochs on whole images at the end, at most half of all (FLIP)")
     # optimization
-    batch_size: int = knob(512, "images per rank and forward pass (release: 8 x 512 = 4096)", least=1)
-    accum: int = knob(1, "passes per step: exactly the update of a batch this many times as large", least=1)
+    batch_size: int = knob(512, "images per rank and pass (release: 8 x 512 = 4096)", least=1)
+    accum: int = knob(1, "passes per step: the exact update of a batch this much larger", least=1)
     epochs: int = knob(32, "passes over the data (paper)", least=1)
     steps: int = knob(0, "stop after this many optimizer steps instead; 0: epochs decide")
-    lr: float = knob(1e-3, "peak learning rate (release, for a batch of 4096); not scaled with the batch")
-    warmup: int = knob(10_000, "steps of linear warm-up (release); at most a fifth of the run (ours)")
+    lr: float = knob(1e-3, "peak learning rate (release, for 4096 images), not scaled")
+    warmup: int = knob(10_000, "steps of linear warm-up (release), at most a fifth of all (ours)")
     weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
     grad_clip: float = knob(0.0, "largest norm of the gradient, which is then in the log; 0: any")
     scale: tuple = knob((0.9, 1.0), "area of the random crop, as a share of the image (open_clip)")
     # run
     seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
     workers: int = knob(4, "processes per rank that read and decode; 0: the rank reads by itself")
-    out: str = knob("out", "folder for ckpt.pt, log.jsonl, masks.png, curves.png and the shards' index")
-    save_every: int = knob(1000, "steps between checkpoints; the end of an epoch writes one", least=1)
+    out: str = knob("out", "folder for the checkpoint, log, pictures and index of the shards")
+    save_every: int = knob(1000, "steps between checkpoints; an epoch's end writes one", least=1)
     keep_epochs: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
-    init: str = knob("", "weights to start from, of any kind that evaluate.py reads; they fix the model")
-    resume: str = knob("", "checkpoint to go on from, with its run's options; alone: that in --out, if any")
+    init: str = knob("", "weights to start from, as evaluate.py reads; they fix the model")
+    resume: str = knob("", "checkpoint to go on from, with its options; alone: that in --out")
     precision: str = knob("", "bf16 or fp32; without it, bf16 on a GPU that has it, else fp32")
-    compile: bool = knob(False, "fuse the layers by torch.compile; the first step of a size is slow")
+    compile: bool = knob(False, "fuse layers by torch.compile; the first step of a size is slow")
     show_masks: tuple = knob((), "photographs: draw masks.png and steps.png to --out, then stop")
 
 # Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide.
@@ -121,8 +121,8 @@ SIZES = {"ViT-B-16": (768, 12, 512, 12, 512),
 HEAD_WIDTH = 64
 
 # What the demo changes, tuned together with its data on 2 CPU cores.
-DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_size=1024, batch_size=256,
-            epochs=8, unmasked_epochs=1.5, lr=3e-3, warmup=50, workers=1,
+DEMO = dict(model="demo", image_size=48, patch_size=8, context_length=24, vocab_size=1024,
+            batch_size=256, epochs=8, unmasked_epochs=1.5, lr=3e-3, warmup=50, workers=1,
             val=("demo/seen", "demo/unseen", "demo/retrieval"))
 
 def tower_sizes(model):
@@ -159,10 +159,10 @@ def check(config):
 # five steps:
 #
 #     sobel_edges         how much changes inside each patch?
-#     pgs_candidates      a few patches are proposed for removal, by chance, and flat ones more often
+#     pgs_candidates      a few patches are proposed for removal, by chance, flat ones more often
 #     patch_similarity    how alike are every two patches?
-#     balance             optimal transport: a patch with many twins becomes less alike to each of them
-#     remove              the patches that are similar to a candidate go, by chance, as many as --ratio says
+#     balance             optimal transport: a patch with many twins becomes less alike to each
+#     remove              patches similar to a candidate go, by chance, as many as --ratio says
 #
 # The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in
 # make_mask, above that of cluster. Letters in shapes: B images, L patches of an image, K of them
@@ -170,7 +170,7 @@ def check(config):
 # batch, H and W pixels, P side of a patch.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
-COUNTING = ("cluster", "attentive", "pgs")  # they find how many patches could go, so `ratio` may be a range
+COUNTING = ("cluster", "attentive", "pgs")  # they find how many could go: `ratio` may be a range
 ANCHORS = 0.03     # share of the patches that start a cluster (E-CLIP)
 CANDIDATES = 0.05  # share of the patches proposed for removal (CLIP-PGS)
 SIMILAR = 0.5      # more than this is similar to a candidate (`target_mask_ratio` in both releases)
@@ -203,7 +203,7 @@ def sobel_edges(images, patch_size=16):
     model. Mean gradient magnitude of the luminance, min-max scaled per image; a constant image
     gives zeros. ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection
     (see the README)."""
-    weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # the gradient ignores data.MEAN
+    weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # MEAN has no gradient
     weights = weights.view(3, 1, 1).to(images, non_blocking=True)
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images, non_blocking=True)  # (2, 1, 3, 3)
@@ -308,8 +308,8 @@ def remove(priority, ratio, count=None):
     return keep, valid
 
 @torch.no_grad()
-def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0, embeddings=None,
-              attention=None, edges=True, transport=True):
+def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None, alpha=0.0,
+              embeddings=None, attention=None, edges=True, transport=True):
     """The patches that the encoder sees: keep (B, K) indices, valid (B, K) bool or None if all
     are, see `remove`. name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of
     patches REMOVED, (r,) exactly, or for one of COUNTING (low, high), decided per image. noise:
@@ -344,7 +344,9 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, C)
             transport = False                       # E-CLIP has none
         else:                  # CLIP-PGS
-            strength = sobel_edges(images.float(), patch_size) if edges else torch.zeros_like(proposal)
+            strength = torch.zeros_like(proposal)
+            if edges:
+                strength = sobel_edges(images.float(), patch_size)
             candidates = pgs_candidates(strength, proposal)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         similar = pgs_score(similarity, candidates, transport) > SIMILAR  # (B, L)
@@ -673,16 +675,12 @@ def learning_rate(config, step, total_steps):
     return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
 def alpha_at(progress):
-    """The weight of embeddings in the similarity at this progress, in [0, 1], of a run: untrained
-    embeddings say nothing, so it starts at 0 and grows linearly (ours; the releases: epoch /
-    32)."""
+    """The weight of embeddings in the similarity, at this progress of a run, in [0, 1]: untrained
+    embeddings say nothing, so it grows linearly from 0 (ours; the releases: epoch / 32)."""
     return progress
 
 def end_of_masks(config, total_steps, steps_per_epoch):
-    """The step from which on images are whole: --unmasked-epochs before the end, at most half of
-    the run."""
-    if config.mask == "none":
-        return 0
+    """The step from which on images are whole: --unmasked-epochs before the end."""
     return total_steps - min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
 
 def step_noise(config, step, global_batch, device):
@@ -702,8 +700,8 @@ def autocast(config, device):
 
 @torch.no_grad()
 def choose_patches(config, visual, ema, images, noise, progress):
-    """keep (B, K), valid (B, K) or None, see `make_mask`, of images (B, 3, H, W); without noise
-    twice None."""
+    """keep (B, K) and valid (B, K) or None, see `make_mask`, of images (B, 3, H, W); without noise
+    both are None."""
     if noise is None:
         return None, None
     embeddings, attention = None, None
@@ -734,21 +732,20 @@ def train_step(config, clip, model, optimizer, batch, noise, progress, ema=None)
     return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
 def update(config, clip, optimizer):
-    """AdamW's step; returns the norm of the gradient before it was clipped, or None without
-    --grad-clip."""
+    """AdamW's step; returns the gradient's norm before clipping, None without --grad-clip."""
     grad_norm = None
     if config.grad_clip:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():  # CLIP's limit of 100, after the step: a clamp in forward has no gradient beyond it
+    # CLIP's limit of 100. We clamp after the step: a clamp in forward has no gradient beyond it.
+    with torch.no_grad():
         clip.logit_scale.clamp_(max=math.log(100))
     return grad_norm
 
 def step_numbers(config, clip, loss, grad_norm, keep, valid):
-    """What the log says of a step. kept: the share of patches that the encoder saw, mean over the
-    images."""
+    """What the log says of a step. kept: the mean share of patches that the encoder saw."""
     kept = 1.0
     if keep is not None:
         kept = keep.shape[-1] / (config.image_size // config.patch_size) ** 2
@@ -767,9 +764,8 @@ def step_numbers(config, clip, loss, grad_norm, keep, valid):
 # each pass again, backward from that gradient.
 
 def backward_in_passes(model, features, num_passes, loss_of):
-    """Adds the gradient of the whole batch's loss to the parameters; returns the loss. features(i)
-    computes those of pass i: tensors (b, ...), and last the temperature, which all passes
-    share."""
+    """Adds the gradient of the whole batch's loss to the parameters; returns the loss.
+    features(i) computes pass i: tensors (b, ...), and last the temperature, which all share."""
     with torch.no_grad():
         found = [features(i) for i in range(num_passes)]
     *whole, scales = zip(*found)
@@ -803,7 +799,8 @@ def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress,
     keep, valid = [], []
     for i in range(config.accum):
         with autocast(config, device):
-            mask = choose_patches(config, clip.visual, ema, data.normalize(images[i]), noises[i], progress)
+            pixels = data.normalize(images[i])
+            mask = choose_patches(config, clip.visual, ema, pixels, noises[i], progress)
         keep.append(mask[0])
         valid.append(mask[1])
 
@@ -930,9 +927,9 @@ def choose_patches_of_views(config, visual, ema, images, boxes, noise, progress)
             embeddings = visual.patch_tokens(pixels)
         if config.mask == "attentive":
             seen = cut_attention(attention, boxes[view], config.image_size // config.patch_size)
-        mask = make_mask(config.mask, pixels, config.ratio, patch_size=config.patch_size, noise=noise[:, view],
-                         alpha=alpha_at(progress), embeddings=embeddings, attention=seen, edges=config.edges,
-                         transport=config.transport)
+        mask = make_mask(config.mask, pixels, config.ratio, patch_size=config.patch_size,
+                         noise=noise[:, view], alpha=alpha_at(progress), embeddings=embeddings,
+                         attention=seen, edges=config.edges, transport=config.transport)
         keep.append(mask[0])
         valid.append(mask[1])
     return torch.stack(keep, dim=1), None if valid[0] is None else torch.stack(valid, dim=1), taught
@@ -954,8 +951,8 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
     keep, valid, taught = [], [], []
     for i in range(config.accum):
         with autocast(config, device):
-            found = choose_patches_of_views(config, clip.visual, ema, data.normalize(images[i]), boxes[i],
-                                            noises[i], progress)
+            pixels = data.normalize(images[i])
+            found = choose_patches_of_views(config, clip.visual, ema, pixels, boxes[i], noises[i], progress)
         keep.append(found[0])
         valid.append(found[1])
         taught.append(found[2])
@@ -968,7 +965,9 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
         return class_tokens.float(), image.float(), text.float(), scale
 
     def loss_of(class_tokens, image, text, scale):
-        loss = (clip_loss(image[:, 0], text, scale, decoded) + clip_loss(image[:, 1], text, scale, decoded)) / 2
+        first = clip_loss(image[:, 0], text, scale, decoded)
+        second = clip_loss(image[:, 1], text, scale, decoded)
+        loss = (first + second) / 2
         if heads is not None:
             loss = loss + heads(class_tokens, taught, decoded)
         return loss
@@ -1239,7 +1238,7 @@ def train_epoch(run, epoch, log, requests):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         noise = None
-        if run.step < run.masked_steps:
+        if config.mask != "none" and run.step < run.masked_steps:
             noise = step_noise(config, run.step, run.global_batch * config.views, run.device)
         numbers, keep, valid = run.train_step(config, run.clip, run.model, run.optimizer, batch, noise,
                                               run.step / run.total_steps, run.ema)
@@ -1303,7 +1302,8 @@ def opening_line(run):
     whole = run.total_steps - run.masked_steps
     return (f"{config.model}, {millions:.1f}M parameters | {run.device.type}, {config.precision} | "
             f"{world_size} x {run.global_batch // world_size} images, {run.steps_per_epoch} steps per epoch, "
-            f"{run.masked_steps} with mask {config.mask}, {removed} of {L} patches removed, {whole} on whole images")
+            f"{run.masked_steps} with mask {config.mask}, {removed} of {L} patches removed, "
+            f"{whole} on whole images")
 
 def resume_line(run, state):
     """What a resumed run goes on from, and what differs from the run so far."""
