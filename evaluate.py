@@ -263,49 +263,58 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # Linear probe, which a reader without --probe may skip: how well does a linear classifier do on the
 # frozen features? CLIP_benchmark's is trained by ten epochs of SGD, so the numbers do not compare.
 
-def fit_logistic(features, labels, num_classes, C, start=None):
-    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression, by L-BFGS. The
-    least mean cross entropy + |weights|^2 / (2 C N), bias free of charge: C is scikit-learn's."""
+def pieces(features, labels, average):
+    """Yields (features - average, then a one for the bias, in float64; labels) of 4096 samples at a time.
+    Such copies, and the logits, of all of ImageNet at once would not fit into memory."""
+    for x, y in zip(features.split(4096), labels.split(4096)):
+        yield F.pad(x.double() - average, (0, 1), value=1.0), y                  # (4096, E + 1)
+
+def fit_logistic(features, labels, num_classes, C, start=None, average=0.0):
+    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression on features (N, E)
+    less `average`, by L-BFGS: those of the least mean cross entropy + |weights|^2 / (2 C N), bias free
+    of charge. C is scikit-learn's."""
     if start is None:
-        start = features.new_zeros(num_classes, features.shape[1] + 1)
+        start = features.new_zeros(num_classes, features.shape[1] + 1, dtype=torch.float64)
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=1000, history_size=20, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        logits = F.linear(features, weights[:, :-1], weights[:, -1])
-        penalty = weights[:, :-1].square().sum() / (2 * C * len(features))
-        loss = F.cross_entropy(logits, labels) + penalty
+        loss = weights[:, :-1].square().sum() / (2 * C * len(features))
         loss.backward()
+        for x, y in pieces(features, labels, average):
+            part = F.cross_entropy(x @ weights.T, y, reduction="sum") / len(features)
+            part.backward()  # adds to the gradient now, so that these logits can go
+            loss = loss + part.detach()
         return loss
 
     optimizer.step(closure)
     return weights.detach()
 
-def probe_accuracy(weights, features, labels):
+def probe_accuracy(weights, features, labels, average):
     """The share of features (N, E) whose class the weights of fit_logistic tell."""
-    logits = F.linear(features, weights[:, :-1], weights[:, -1])
-    return mean(logits.argmax(1) == labels)
+    right = [(x @ weights.T).argmax(1) == y for x, y in pieces(features, labels, average)]
+    return mean(torch.cat(right))
 
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
     """(test accuracy, C, held-out accuracy). C is the best on a held-out tenth of the training set;
-    the last fit is to all of it. In float64."""
+    the last fit is to all of it."""
     # The bias, which is free, makes up for taking the mean away. L-BFGS then needs far fewer steps.
-    average = train_features.double().mean(0)
-    train_features = train_features.double() - average
-    test_features = test_features.double() - average
+    average = train_features.mean(0, dtype=torch.float64)
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     order = order.to(train_labels.device)
-    held_out, rest = order.tensor_split([max(1, len(order) // 10)])
+    x = train_features[order]
+    y = train_labels[order]
+    n = max(1, len(order) // 10)  # held out
     accuracy = {}
     weights = None
     for C in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):  # each fit starts from the one before
-        weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
-        accuracy[C] = probe_accuracy(weights, train_features[held_out], train_labels[held_out])
+        weights = fit_logistic(x[n:], y[n:], num_classes, C, weights, average)
+        accuracy[C] = probe_accuracy(weights, x[:n], y[:n], average)
     C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
-    weights = fit_logistic(train_features, train_labels, num_classes, C)
-    return probe_accuracy(weights, test_features, test_labels), C, accuracy[C]
+    weights = fit_logistic(x, y, num_classes, C, average=average)
+    return probe_accuracy(weights, test_features, test_labels, average), C, accuracy[C]
 
 # -----------------------------------------------------------------------------
 # Compositionality, which a reader without --sugarcrepe may skip: is the true caption nearer to the
