@@ -55,31 +55,38 @@ def read_lines(path):
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
-def read_split(folder, extension):
-    """Yields (Sample, text of the `extension` file beside it) of each image of a split, in order."""
-    number = read_lines(f"{folder}/nshards.txt")[0]
-    if not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
-    for i in range(int(number)):
-        shard = f"{folder}/{i}.tar"
-        if not os.path.exists(shard):
-            raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
-        samples, fault = data.tar_samples(shard)
-        if fault:
-            raise ValueError(fault)
+def read_shard(shard, extension):
+    """Yields (Sample, text of the `extension` file beside it) of each image in a tar, in order."""
+    samples, fault = data.tar_samples(shard)
+    if fault:
+        raise ValueError(fault)
+    with open(shard, "rb") as file:
         for key, files in samples:
             image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
             if image is None:
                 raise ValueError(f"{shard}: sample {key} has no image")
             if extension not in files:
                 raise ValueError(f"{shard}: sample {key} has no .{extension}")
+            offset, size = files[extension]
+            file.seek(offset)
             try:
-                text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
+                text = file.read(size).decode("utf-8-sig")
             except UnicodeDecodeError:
                 text = ""
             if not text.strip():
                 raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
             yield Sample(shard, *files[image], f"{key}.{image}"), text
+
+def read_split(folder, extension):
+    """Yields what read_shard does, for all shards of a split."""
+    number = read_lines(f"{folder}/nshards.txt")[0]
+    if not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
+    there = len(list(Path(folder).glob("[0-9]*.tar")))
+    if there != int(number):
+        raise ValueError(f"{folder}/nshards.txt: says {number}, but the folder holds {there} tars")
+    for i in range(there):
+        yield from read_shard(f"{folder}/{i}.tar", extension)
 
 def read_folder(folder, split="test"):
     """The Folder at a path. ValueError with one line for what is missing or contradicts itself."""

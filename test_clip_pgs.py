@@ -1086,7 +1086,7 @@ def save_small_clip(path):
 
 @pytest.mark.parametrize("message, broken", [
     ("nshards.txt: missing", {"shards": ""}),
-    ("1.tar: missing, though nshards.txt says", {"shards": "2"}),
+    ("nshards.txt: says 2, but the folder holds 1 tars", {"shards": "2"}),
     ("'a photo' lacks {c}", {"templates": "a {c}\na photo"}),
     ("000 has no .txt", {"kind": "retrieval"}),
     ("the label of 002.jpg is '2', but classnames.txt has 2 lines", {"classnames": "cat\ndog"}),
@@ -1095,6 +1095,12 @@ def save_small_clip(path):
 def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
     folder = make_folder(tmp_path / "f", labelled(3), **broken)
     with pytest.raises(ValueError, match=f"^{folder}[^\n]*{re.escape(message)}"):
+        evaluate.read_folder(folder)
+
+def test_a_tar_that_nshards_txt_does_not_count_is_named_not_left_out(tmp_path):
+    folder = make_folder(tmp_path / "f", labelled(3))
+    write_shard(f"{folder}/test/1.tar", pairs([0]))
+    with pytest.raises(ValueError, match="/test/nshards.txt: says 1, but the folder holds 2 tars"):
         evaluate.read_folder(folder)
 
 def test_evaluation_reads_equal_keys_bytes_order_marks_and_u_fffd_and_passes_over_hidden_files(tmp_path):
