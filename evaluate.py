@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -528,9 +529,10 @@ def draw_curves(path, logs):
 # Weights, which a reader may skip: whatever kind of file it is, `load` makes a model of it. Our own
 # checkpoint knows its size and its tokenizer; of any other file, the shapes tell the size.
 
-# The types in .safetensors, by their names there.
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "I64": torch.int64}
+# The types in .safetensors, and what torch calls them.
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+         "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 
 # Trainers store numbers of NumPy, too: a learning rate of open_clip's is one. torch.load takes them
 # for code unless it is told the parts they are made of, one of which NumPy 2 has renamed.
@@ -544,15 +546,21 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
+    content = torch.frombuffer(raw, dtype=torch.uint8)[start:]
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        values = torch.frombuffer(raw[start + first:start + last], dtype=TYPES[entry["dtype"]])
-        tensors[name] = values.view(entry["shape"])
+        if entry["dtype"] not in TYPES:
+            raise NotImplementedError(f"{name} is of type {entry['dtype']}, which is not read here")
+        dtype = getattr(torch, TYPES[entry["dtype"]])
+        # A copy, as numbers have to begin at a multiple of their size in memory.
+        tensors[name] = content[first:last].clone().view(dtype).view(entry["shape"])
     return tensors
 
 def read_checkpoint(path):
     """The dict in a checkpoint, on the CPU. ValueError if it is missing, damaged, or would run code."""
+    if re.search(r"-\d+-of-\d+\.|\.index\.json$", os.path.basename(path)):
+        raise ValueError(f"{path}: an index, or a part, of weights in several files; name a whole file")
     try:
         if os.path.splitext(path)[1] == ".safetensors":
             return read_safetensors(path)
@@ -564,6 +572,8 @@ def read_checkpoint(path):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         if getattr(error, "filename", None):  # the system's error: no such file, or no permission
             what = error.strerror
+        elif isinstance(error, NotImplementedError):
+            what = str(error)
         else:
             what = "damaged, no checkpoint, or one that could run code when loaded"
             what = data.what_it_is(path, what)

@@ -1250,16 +1250,32 @@ def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(t
     (tmp_path / "a" / "log.jsonl").write_text("\0\0")
     command("--curves", "a/log.jsonl", module=evaluate, fails="a/log.jsonl: no training step in it")
 
-def safetensors(tensors):
-    """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors."""
+def safetensors(tensors, **types):
+    """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors.
+    types: those that are not F32, F16 or F64, by name."""
     header = {"__metadata__": {"format": "pt"}}
     body = b""
     for name, x in tensors.items():
         place = [len(body), len(body) + x.nbytes]
-        header[name] = {"dtype": f"F{8 * x.element_size()}", "shape": x.shape, "data_offsets": place}
-        body += x.numpy().tobytes()
+        dtype = types.get(name, f"F{8 * x.element_size()}")
+        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": place}
+        body += bytes(x.reshape(-1).view(torch.uint8).tolist())
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
+
+def test_safetensors_of_every_type_are_read_and_one_that_is_not_is_named(tmp_path):
+    x = torch.tensor([-1.5, 0.0, 448.0])
+    tensors = {"a": x.to(torch.float8_e4m3fn), "b": x > 0, "c": x.to(torch.bfloat16), "d": x.int(),
+               "empty": torch.zeros(0, 3), "one": torch.tensor(2.5), "e": x.to(torch.float8_e5m2)}
+    types = {"a": "F8_E4M3", "b": "BOOL", "c": "BF16", "d": "I32", "e": "F8_E5M2"}
+    (tmp_path / "a.safetensors").write_bytes(safetensors(tensors, **types))
+    read = evaluate.read_checkpoint(f"{tmp_path}/a.safetensors")
+    for name, expected in tensors.items():
+        assert read[name].dtype == expected.dtype
+        assert read[name].float().equal(expected.float())
+    (tmp_path / "b.safetensors").write_bytes(safetensors({"w": x}, w="F4"))
+    with pytest.raises(ValueError, match=r"b.safetensors: [^\n]*w is of type F4, which is not read"):
+        evaluate.read_checkpoint(f"{tmp_path}/b.safetensors")
 
 def write_vocabulary(path):
     """A vocabulary as large as CLIP's, of which it takes 48,894 merges; its path."""
@@ -1305,7 +1321,9 @@ class Evil:
     ("a.pt", "compressed", gzip.compress(b"x")), ("a.pt", "git lfs pull", LFS),
     ("a.pt", "could run code", pickle.dumps(Evil(), 2)), ("a.pt", "could run code", {"model": Evil()}),
     ("a.pt", "it holds a list", [1, 2]), ("a.pt", "not a CLIP", {"n": 1}),
-    ("a.safetensors", "damaged", b"{}" * 9), (".", "Is a directory", None)], ids=range(10))
+    ("a.safetensors", "damaged", b"{}" * 9), (".", "Is a directory", None),
+    ("model.safetensors.index.json", "weights in several files", b"{}"),
+    ("model-00001-of-00002.safetensors", "weights in several files", safetensors({}))], ids=range(12))
 def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, name, says, content):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
