@@ -1078,12 +1078,6 @@ def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, monkeypatc
 torch.manual_seed(2)  # a model for which the pictures below are of different classes
 SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(vocab_size=514)
 
-def save_small_clip(path):
-    """A checkpoint of SMALL_CLIP; its path."""
-    model, _, config = SMALL_CLIP
-    torch.save({"model": model.state_dict(), "config": vars(config), "merges": ""}, path)
-    return path
-
 @pytest.mark.parametrize("message, broken", [
     ("nshards.txt: missing", {"shards": ""}),
     ("nshards.txt: says 2, but the folder holds 1 tars", {"shards": "2"}),
@@ -1226,29 +1220,35 @@ def test_removed_patches_are_grey_and_slots_that_are_not_valid_hold_removed_ones
     expected[2:, 2:] = 0
     assert seen[0, 0].equal(expected.byte())
 
+def test_of_paths_as_many_last_parts_are_shown_as_tell_them_apart():
+    assert evaluate.tell_apart(["x/val/", "y/test", "y/test"]) == {"x/val/": "val", "y/test": "test"}
+    assert evaluate.tell_apart(["a/x/val", "b/x/val"]) == {"a/x/val": "a/x/val", "b/x/val": "b/x/val"}
+    results = {"a/val": {"acc1": 0.5, "acc5": 1.0}, "b/val": {"acc1": 0.25}, "c/val": {"failed": "why"}}
+    assert evaluate.first_metrics(results) == {"a/val acc1": 0.5, "b/val acc1": 0.25}
+
 def write_log(path, slope):
     """A run of 100 steps and two evaluations, whose log got a damaged end."""
     lines = [{"step": i, "epoch": 1 + i // 50, "loss": 5 - slope * i / 50} for i in range(1, 101)]
     for epoch in (1, 2):
         results = {"pets": {"acc1": slope * epoch / 4}}
         lines.append({"step": 50 * epoch, "epoch": epoch, "loss": 1, "eval": results})
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     path.write_text("\n".join(map(json.dumps, lines)) + "\nbroken\n\0")
 
 def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_log(tmp_path / "a" / "log.jsonl", 1.0)
-    write_log(tmp_path / "b" / "log.jsonl", 0.5)
-    command("--curves", "a/log.jsonl", "b/log.jsonl", module=evaluate)
+    write_log(tmp_path / "a" / "run" / "log.jsonl", 1.0)
+    write_log(tmp_path / "b" / "run" / "log.jsonl", 0.5)
+    command("--curves", "a/run/log.jsonl", "b/run/log.jsonl", module=evaluate)
     printed = capsys.readouterr().out
-    assert "| a |     50.00 |" in printed
-    assert "a/log.jsonl: 2 damaged lines dropped" in printed
+    assert "| a/run |     50.00 |" in printed
+    assert "a/run/log.jsonl: 2 damaged lines dropped" in printed
     pixels = np.asarray(Image.open("curves.png")).astype(int)
     for left in (51, 471):                                              # coloured curves across both panels
         colour = np.ptp(pixels[41:290, left:left + 349], axis=-1)
         assert (colour > 120).any(0).mean() > 0.9
-    (tmp_path / "a" / "log.jsonl").write_text("\0\0")
-    command("--curves", "a/log.jsonl", module=evaluate, fails="a/log.jsonl: no training step in it")
+    (tmp_path / "empty.jsonl").write_text("\0\0")
+    command("--curves", "empty.jsonl", module=evaluate, fails="empty.jsonl: no training step in it")
 
 def safetensors(tensors, **types):
     """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors.
@@ -1334,15 +1334,84 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, 
         evaluate.load(name)
     assert not (tmp_path / "pwned").exists()
 
-def test_the_command_makes_a_table_with_an_average_json_and_pictures(tmp_path, capsys):
-    checkpoint = save_small_clip(tmp_path / "ckpt.pt")
-    folders = [make_folder(tmp_path / f"{count}", labelled(count)) for count in (3, 4)]
-    more = ("--json", tmp_path / "x.json", "--pictures", tmp_path)
-    command(checkpoint, "--data", *folders, *more, module=evaluate)
-    results = json.loads((tmp_path / "x.json").read_text())
+@pytest.fixture
+def evaluation(tmp_path):
+    """evaluation(options): evaluate.py on a checkpoint of SMALL_CLIP, what it writes to x.json."""
+    model, _, config = SMALL_CLIP
+    checkpoint = {"model": model.state_dict(), "config": vars(config), "merges": ""}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    path = tmp_path / "x.json"
+
+    def run(*options, fails=""):
+        command(tmp_path / "ckpt.pt", "--json", path, *options, module=evaluate, fails=fails)
+        return {} if fails else json.loads(path.read_text())
+    return run
+
+def test_the_command_makes_a_table_with_an_average_json_and_pictures(evaluation, tmp_path, capsys):
+    folders = [make_folder(tmp_path / name / "val", labelled(4)) for name in ("a", "b")]
+    results = evaluation("--data", *folders, "--pictures", tmp_path / "pictures")
     assert list(results) == folders
     assert list(results[folders[0]]) == ["acc1", "acc5", "mean_per_class_recall"]
     average = 50 * sum(metrics["acc1"] for metrics in results.values())
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line.split()[1:4] == ["average", "|", f"{average:.2f}"]
-    assert (tmp_path / "3.png").exists()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{folders[0]} | acc1: ")
+    assert printed[-1].split()[1:4] == ["average", "|", f"{average:.2f}"]
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["a_val.png", "b_val.png"]
+
+def test_a_folder_that_fails_is_a_row_the_others_go_on_and_the_exit_status_is_1(evaluation, tmp_path, capsys):
+    bad = make_folder(tmp_path / "bad", [{"jpg": b"no picture", "cls": b"0"}])
+    good = make_folder(tmp_path / "good", labelled(3))
+    with pytest.raises(SystemExit) as stop:
+        evaluation("--data", bad, good)
+    assert stop.value.code == 1
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert "000.jpg does not decode" in results[bad]["failed"]
+    assert "acc1" in results[good]
+    assert f"{bad} | failed: {bad}/test/0.tar: " in capsys.readouterr().out
+
+@pytest.mark.parametrize("more, says", [
+    ("--probe", "no_train/train/nshards.txt: missing"),
+    ("--json gone/x.json", "gone/x.json: could not be written .No such file"),
+    ("--pictures ckpt.pt", "ckpt.pt: File exists"),
+    ("--sugarcrepe . --images .", "replace_obj.json: No such file"),
+    ("--sugarcrepe questions --images .", "gone.jpg: No such file")])
+def test_what_is_missing_is_refused_before_the_first_folder(
+        evaluation, tmp_path, monkeypatch, capsys, more, says):
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "no_train", labelled(3))
+    os.mkdir("questions")
+    question = {"filename": "gone.jpg", "caption": "a", "negative_caption": "b"}
+    for kind in evaluate.SUGARCREPE:
+        (tmp_path / "questions" / f"{kind}.json").write_text(json.dumps({"0": question}))
+    evaluation("--data", folder, "--pictures", "mistakes", *more.split(), fails=says)
+    assert capsys.readouterr().out == "" and not os.path.exists("mistakes/no_train.png")
+
+def test_on_a_full_disk_the_file_that_could_not_be_written_is_named(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda *_: exec('raise OSError(28, "No space left on device")'))
+    folder = make_folder(tmp_path / "f", labelled(3))
+    evaluation("--data", folder, fails=r"x.json: could not be written \(No space")
+    with pytest.raises(OSError, match="a.png: could not be written"):
+        evaluate.sheet(f"{tmp_path}/a.png", [(torch.zeros(3, 8, 8).byte(), "")], 1)
+
+def test_once_a_stop_is_requested_no_other_folder_is_begun(tmp_path):
+    folder = make_folder(tmp_path / "f", labelled(3))
+    requests = []
+    assert len(evaluate.evaluate_all(*SMALL_CLIP, [folder], requests=requests)) == 1
+    requests.append(signal.SIGTERM)
+    assert evaluate.evaluate_all(*SMALL_CLIP, [folder], requests=requests) == {}
+
+def test_under_torchrun_the_first_process_works_and_says_that_one_is_enough(
+        evaluation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = make_folder(tmp_path / "f", labelled(3))
+    assert "acc1" in evaluation("--data", folder)[folder]
+    assert "call python evaluate.py" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    evaluation("--data", folder)
+    assert capsys.readouterr() == ("", "")
+
+def test_evaluation_works_with_its_output_closed(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    folder = make_folder(tmp_path / "f", labelled(3))
+    assert "acc1" in evaluation("--data", folder)[folder]
