@@ -259,13 +259,12 @@ def retrieval_metrics(image_features, text_features, image_of_text):
     images = nearest(text_features, image_features)                             # (T, 10)
     texts = nearest(image_features, text_features)                              # (I, 10)
     numbers = torch.arange(len(image_features), device=texts.device)            # (I,)
-    image_right = images == image_of_text[:, None]
-    text_right = image_of_text[texts] == numbers[:, None]
+    right = {"image": images == image_of_text[:, None],
+             "text": image_of_text[texts] == numbers[:, None]}
     metrics = {}
-    for k in (1, 5, 10):
-        metrics[f"image_retrieval_recall@{k}"] = mean(image_right[:, :k].any(1))
-    for k in (1, 5, 10):
-        metrics[f"text_retrieval_recall@{k}"] = mean(text_right[:, :k].any(1))
+    for name in right:
+        for k in (1, 5, 10):
+            metrics[f"{name}_retrieval_recall@{k}"] = mean(right[name][:, :k].any(1))
     return metrics
 
 # -----------------------------------------------------------------------------
@@ -661,9 +660,6 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     name = name or tell_apart([folder])[folder]
     picture = pictures and f"{pictures}/{name.replace('/', '_')}.png"
     test = read_folder(folder)
-    probe = probe and test.classnames
-    if probe:
-        train = read_folder(folder, "train")
     images = embed_images(model, test.samples, config, rank, world_size, workers, name)
 
     if not test.classnames:  # retrieval
@@ -684,8 +680,8 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
     if picture:
         draw_mistakes(picture, test, scores, labels)
     if probe:
-        title = f"{name} train"
-        features = embed_images(model, train.samples, config, rank, world_size, workers, title)
+        train = read_folder(folder, "train")
+        features = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
         targets = torch.tensor(train.targets, device=images.device)
         accuracy, C, held_out = linear_probe(features, targets, images, labels, len(classes))
         metrics["lp_acc1"] = accuracy
