@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import warnings
@@ -55,31 +56,38 @@ def read_lines(path):
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
-def read_split(folder, extension):
-    """Yields (Sample, text of the `extension` file beside it) of each image of a split, in order."""
-    number = read_lines(f"{folder}/nshards.txt")[0]
-    if not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
-    for i in range(int(number)):
-        shard = f"{folder}/{i}.tar"
-        if not os.path.exists(shard):
-            raise ValueError(f"{shard}: missing, though nshards.txt says {number}")
-        samples, fault = data.tar_samples(shard)
-        if fault:
-            raise ValueError(fault)
+def read_shard(shard, extension):
+    """Yields (Sample, text of the `extension` file beside it) of each image in a tar, in order."""
+    samples, fault = data.tar_samples(shard)
+    if fault:
+        raise ValueError(fault)
+    with open(shard, "rb") as file:
         for key, files in samples:
             image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
             if image is None:
                 raise ValueError(f"{shard}: sample {key} has no image")
             if extension not in files:
                 raise ValueError(f"{shard}: sample {key} has no .{extension}")
+            offset, size = files[extension]
+            file.seek(offset)
             try:
-                text = data.read_bytes(shard, *files[extension]).decode("utf-8-sig")
+                text = file.read(size).decode("utf-8-sig")
             except UnicodeDecodeError:
                 text = ""
             if not text.strip():
                 raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
             yield Sample(shard, *files[image], f"{key}.{image}"), text
+
+def read_split(folder, extension):
+    """Yields what read_shard does, for all shards of a split."""
+    number = read_lines(f"{folder}/nshards.txt")[0]
+    if not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
+    there = len(list(Path(folder).glob("[0-9]*.tar")))
+    if there != int(number):
+        raise ValueError(f"{folder}/nshards.txt: says {number}, but the folder holds {there} tars")
+    for i in range(there):
+        yield from read_shard(f"{folder}/{i}.tar", extension)
 
 def read_folder(folder, split="test"):
     """The Folder at a path. ValueError with one line for what is missing or contradicts itself."""
@@ -152,14 +160,15 @@ def read_image(sample, size, upright=False):
         cause = getattr(error, "strerror", None) or error
         raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
-def read_batches(samples, size, workers):
+def read_batches(samples, size, workers, name):
     """Yields the images of samples in batches (B, 3, size, size) uint8; threads read the next one
     while the caller works on this one. Threads, not processes: they start at once, even in the
     middle of a training run, and Pillow decodes without Python's lock."""
     read = partial(read_image, size=size)
+    starts = tqdm(range(0, len(samples), IMAGES), name, leave=False, unit=" batches", disable=not name)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         ahead = pool.map(read, samples[:IMAGES])
-        for start in range(0, len(samples), IMAGES):
+        for start in starts:
             images = torch.stack(list(ahead))
             ahead = pool.map(read, samples[start + IMAGES:start + 2 * IMAGES])
             yield images
@@ -184,14 +193,14 @@ def collect(model, features, total, rank, world_size, fault=""):
 
 @torch.no_grad()
 def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
-    """Unit features (N, E) of samples, on the model's device; name: what the progress bar says."""
+    """Unit features (N, E) of samples, on the model's device; name: what rank 0's progress bar says."""
     own = samples[rank::world_size]
-    batches = read_batches(own, config.image_size, workers)
-    total = math.ceil(len(own) / IMAGES)
+    if rank > 0:
+        name = ""
     features = []
     fault = ""
     try:
-        for images in tqdm(batches, name, total, leave=False, disable=rank > 0 or not name):
+        for images in read_batches(own, config.image_size, workers, name):
             images = data.normalize(images.to(model.logit_scale.device))
             features.append(model.encode_image(images))
     except ValueError as error:
@@ -250,62 +259,70 @@ def retrieval_metrics(image_features, text_features, image_of_text):
     images = nearest(text_features, image_features)                             # (T, 10)
     texts = nearest(image_features, text_features)                              # (I, 10)
     numbers = torch.arange(len(image_features), device=texts.device)            # (I,)
-    image_right = images == image_of_text[:, None]
-    text_right = image_of_text[texts] == numbers[:, None]
+    right = {"image": images == image_of_text[:, None],
+             "text": image_of_text[texts] == numbers[:, None]}
     metrics = {}
-    for k in (1, 5, 10):
-        metrics[f"image_retrieval_recall@{k}"] = mean(image_right[:, :k].any(1))
-    for k in (1, 5, 10):
-        metrics[f"text_retrieval_recall@{k}"] = mean(text_right[:, :k].any(1))
+    for name in right:
+        for k in (1, 5, 10):
+            metrics[f"{name}_retrieval_recall@{k}"] = mean(right[name][:, :k].any(1))
     return metrics
 
 # -----------------------------------------------------------------------------
 # Linear probe, which a reader without --probe may skip: how well does a linear classifier do on the
 # frozen features? CLIP_benchmark's is trained by ten epochs of SGD, so the numbers do not compare.
 
-def fit_logistic(features, labels, num_classes, C, start=None):
-    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression, by L-BFGS. The
-    least mean cross entropy + |weights|^2 / (2 C N), bias free of charge: C is scikit-learn's."""
+def pieces(features, labels, average):
+    """Yields (features - average, then a one for the bias, in float64; labels) of 4096 samples at a time.
+    Such copies, and the logits, of all of ImageNet at once would not fit into memory."""
+    for x, y in zip(features.split(4096), labels.split(4096)):
+        yield F.pad(x.double() - average, (0, 1), value=1.0), y                  # (4096, E + 1)
+
+def fit_logistic(features, labels, num_classes, C, start=None, average=0.0):
+    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression on features (N, E)
+    less `average`, by L-BFGS: those of the least mean cross entropy + |weights|^2 / (2 C N), bias free
+    of charge. C is scikit-learn's."""
     if start is None:
-        start = features.new_zeros(num_classes, features.shape[1] + 1)
+        start = features.new_zeros(num_classes, features.shape[1] + 1, dtype=torch.float64)
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=1000, history_size=20, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        logits = F.linear(features, weights[:, :-1], weights[:, -1])
-        penalty = weights[:, :-1].square().sum() / (2 * C * len(features))
-        loss = F.cross_entropy(logits, labels) + penalty
+        loss = weights[:, :-1].square().sum() / (2 * C * len(features))
         loss.backward()
+        for x, y in pieces(features, labels, average):
+            part = F.cross_entropy(x @ weights.T, y, reduction="sum") / len(features)
+            part.backward()  # adds to the gradient now, so that these logits can go
+            loss = loss + part.detach()
         return loss
 
     optimizer.step(closure)
     return weights.detach()
 
-def probe_accuracy(weights, features, labels):
+def probe_accuracy(weights, features, labels, average):
     """The share of features (N, E) whose class the weights of fit_logistic tell."""
-    logits = F.linear(features, weights[:, :-1], weights[:, -1])
-    return mean(logits.argmax(1) == labels)
+    right = [(x @ weights.T).argmax(1) == y for x, y in pieces(features, labels, average)]
+    return mean(torch.cat(right))
 
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
     """(test accuracy, C, held-out accuracy). C is the best on a held-out tenth of the training set;
-    the last fit is to all of it. In float64."""
+    the last fit is to all of it."""
     # The bias, which is free, makes up for taking the mean away. L-BFGS then needs far fewer steps.
-    average = train_features.double().mean(0)
-    train_features = train_features.double() - average
-    test_features = test_features.double() - average
+    average = train_features.mean(0, dtype=torch.float64)
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     order = order.to(train_labels.device)
-    held_out, rest = order.tensor_split([max(1, len(order) // 10)])
+    x = train_features[order]
+    y = train_labels[order]
+    n = max(1, len(order) // 10)  # held out
     accuracy = {}
     weights = None
     for C in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):  # each fit starts from the one before
-        weights = fit_logistic(train_features[rest], train_labels[rest], num_classes, C, weights)
-        accuracy[C] = probe_accuracy(weights, train_features[held_out], train_labels[held_out])
+        weights = fit_logistic(x[n:], y[n:], num_classes, C, weights, average)
+        accuracy[C] = probe_accuracy(weights, x[:n], y[:n], average)
     C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
-    weights = fit_logistic(train_features, train_labels, num_classes, C)
-    return probe_accuracy(weights, test_features, test_labels), C, accuracy[C]
+    weights = fit_logistic(x, y, num_classes, C, average=average)
+    return probe_accuracy(weights, test_features, test_labels, average), C, accuracy[C]
 
 # -----------------------------------------------------------------------------
 # Compositionality, which a reader without --sugarcrepe may skip: is the true caption nearer to the
@@ -351,9 +368,13 @@ def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
 TILE, GAP, LINE = 160, 8, 15  # pixels: a picture, the space around it, a line of text
 COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #8c564b #e377c2 #17becf #7f7f7f #bcbd22".split()
 
-def sheet(path, tiles, columns, framed=()):
-    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it). Those whose
-    number is in `framed` get a green frame."""
+def save_png(path, image):
+    """Writes a picture. OSError that names the path if it can't be."""
+    with data.write_whole(path) as file:
+        image.save(file, "PNG")
+
+def sheet(path, tiles, columns):
+    """Writes a PNG of tiles, row by row: (picture (3, H, W) uint8, text below it)."""
     lines = max(len(text.splitlines()) for _, text in tiles)
     width = TILE + 2 * GAP
     height = TILE + 2 * GAP + LINE * lines
@@ -363,13 +384,11 @@ def sheet(path, tiles, columns, framed=()):
     for number, (picture, text) in enumerate(tiles):
         x = number % columns * width + GAP
         y = number // columns * height + GAP
-        if number in framed:
-            draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), "limegreen")
         picture = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
         picture = picture.resize((TILE, TILE), Image.Resampling.BOX)  # keeps small pixels sharp
         image.paste(picture, (x, y))
         draw.text((x, y + TILE + 4), text, "black", font_size=12)
-    image.save(path)
+    save_png(path, image)
 
 def heat_map(patches, side):
     """A grey picture (3, side, side) uint8 of a value per patch, (1, L): the highest is white."""
@@ -410,19 +429,17 @@ def draw_masks(path, images, keep, valid, patch_size):
 
 def draw_retrieval(path, samples, captions, image_of_text, images, texts):
     """Writes a PNG of ten captions, evenly spread: each with its image, then the five images that are
-    nearest to it, the right one in a frame."""
+    nearest to it, and which of them is right."""
     asked = sorted({number * len(captions) // 10 for number in range(10)})
     found = nearest(texts[asked], images, k=5).tolist()
     tiles = []
-    framed = []
     for query, neighbours in zip(asked, found):
         own = image_of_text[query]
         tiles.append((read_image(samples[own], TILE), textwrap.fill(captions[query], 26)))
         for image in neighbours:
-            if image == own:
-                framed.append(len(tiles))
-            tiles.append((read_image(samples[image], TILE), ""))
-    sheet(path, tiles, 1 + len(found[0]), framed)
+            text = "found" * (image == own)
+            tiles.append((read_image(samples[image], TILE), text))
+    sheet(path, tiles, 1 + len(found[0]))
 
 def draw_mistakes(path, folder, scores, labels):
     """Writes a PNG of up to twenty mistakes, with both names: those in which the wrong class leads
@@ -474,27 +491,37 @@ def plot(draw, left, title, series):
             draw.polygon(there + back, color)
     draw.text((left + 50, 20), title, "black", font_size=11)
 
+def tell_apart(paths):
+    """{path: its last part}, or as many of its last parts as tell all paths apart."""
+    parts = {path: Path(os.path.abspath(path)).parts for path in paths}
+    number = 1
+    while len({own[-number:] for own in parts.values()}) < len({*parts.values()}):
+        number += 1
+    return {path: "/".join(own[-number:]) for path, own in parts.items()}
+
 def short_name(metric):
-    """"image@1" for image_retrieval_recall@1; the names of other metrics are short."""
+    """What a table calls a metric: image@1 for image_retrieval_recall@1, others by their names."""
     return metric.replace("_retrieval_recall", "")
 
 def first_metrics(results):
     """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
+    names = tell_apart(results)
     found = {}
     for folder, metrics in results.items():
         first = next(iter(metrics), "failed")
         if first != "failed":
-            last_part = os.path.basename(os.path.normpath(folder))
-            found[f"{last_part} {short_name(first)}"] = metrics[first]
+            found[f"{names[folder]} {short_name(first)}"] = metrics[first]
     return found
 
 def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' logs; {run: its last metrics}."""
+    runs = {log: log.removesuffix("/log.jsonl") for log in logs}
+    names = tell_apart(runs.values())
     panels = defaultdict(list)  # {title: series}
     last = {}
-    for log, color in zip(logs, cycle(COLORS)):
-        run = os.path.dirname(log) or log
-        last.setdefault(run, {})
+    for log, color in zip(runs, cycle(COLORS)):
+        run = names[runs[log]]
+        last[run] = {}
         curves = defaultdict(list)  # {title: points}
         for record in read_log(log):
             curves["loss over steps"].append((record["step"], record["loss"]))
@@ -509,22 +536,23 @@ def draw_curves(path, logs):
             smooth = np.convolve(y, np.ones(window) / window, "valid")
             panels[title].append((color + "50", x, y))  # pale: the last two digits are the opacity
             panels[title].append((color, x[window - 1:], smooth))
-    image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(logs)), "white")
+    image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(last)), "white")
     draw = ImageDraw.Draw(image, "RGBA")
     for number, title in enumerate(panels):
         plot(draw, 420 * number, title, panels[title])
     for number, (run, color) in enumerate(zip(last, cycle(COLORS))):
         draw.text((50, 320 + 16 * number), run, color, font_size=12)
-    image.save(path)
+    save_png(path, image)
     return last
 
 # -----------------------------------------------------------------------------
 # Weights, which a reader may skip: whatever kind of file it is, `load` makes a model of it. Our own
 # checkpoint knows its size and its tokenizer; of any other file, the shapes tell the size.
 
-# The types in .safetensors, by their names there.
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "I64": torch.int64}
+# The types in .safetensors, and what torch calls them.
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+         "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 
 # Trainers store numbers of NumPy, too: a learning rate of open_clip's is one. torch.load takes them
 # for code unless it is told the parts they are made of, one of which NumPy 2 has renamed.
@@ -538,15 +566,21 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
+    content = torch.frombuffer(raw, dtype=torch.uint8)[start:]
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        values = torch.frombuffer(raw[start + first:start + last], dtype=TYPES[entry["dtype"]])
-        tensors[name] = values.view(entry["shape"])
+        if entry["dtype"] not in TYPES:
+            raise NotImplementedError(f"{name} is of type {entry['dtype']}, which is not read here")
+        dtype = getattr(torch, TYPES[entry["dtype"]])
+        # A copy, as numbers have to begin at a multiple of their size in memory.
+        tensors[name] = content[first:last].clone().view(dtype).view(entry["shape"])
     return tensors
 
 def read_checkpoint(path):
     """The dict in a checkpoint, on the CPU. ValueError if it is missing, damaged, or would run code."""
+    if re.search(r"-\d+-of-\d+\.|\.index\.json$", os.path.basename(path)):
+        raise ValueError(f"{path}: an index, or a part, of weights in several files; name a whole file")
     try:
         if os.path.splitext(path)[1] == ".safetensors":
             return read_safetensors(path)
@@ -558,6 +592,8 @@ def read_checkpoint(path):
     except Exception as error:  # zip, pickle and torch each have their own for a damaged file
         if getattr(error, "filename", None):  # the system's error: no such file, or no permission
             what = error.strerror
+        elif isinstance(error, NotImplementedError):
+            what = str(error)
         else:
             what = "damaged, no checkpoint, or one that could run code when loaded"
             what = data.what_it_is(path, what)
@@ -575,10 +611,9 @@ def infer_config(state):
         raise ValueError(f"a ViT of width {width}, text {text_width}, whose heads may not be 64 wide")
     norms = [name for name in state if name.endswith(".ln_1.weight")]  # one in each layer
     layers = sum(name.startswith("visual.") for name in norms)
-    text_layers = len(norms) - layers
     embed_dim = state["text_projection"].shape[1]
     num_patches = len(state["visual.positional_embedding"]) - 1  # the other is for the class token
-    return {"model": (width, layers, text_width, text_layers, embed_dim),
+    return {"model": (width, layers, text_width, len(norms) - layers, embed_dim),
             "image_size": patch_size * math.isqrt(num_patches),
             "patch_size": patch_size,
             "context_length": context_length,
@@ -628,14 +663,13 @@ def load(path, vocab="", quick_gelu=False):
 # Evaluate: a folder from its files to its metrics, several folders, the table of all, main.
 
 def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, probe=False,
-             pictures=""):
+             pictures="", name=""):
     """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}; all ranks call it together.
-    probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG."""
-    name = os.path.basename(os.path.abspath(folder))
+    probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG. name: what
+    to call the folder in the progress bar and among the pictures, if not by its last part."""
+    name = name or tell_apart([folder])[folder]
+    picture = pictures and f"{pictures}/{name.replace('/', '_')}.png"
     test = read_folder(folder)
-    probe = probe and test.classnames
-    if probe:
-        train = read_folder(folder, "train")
     images = embed_images(model, test.samples, config, rank, world_size, workers, name)
 
     if not test.classnames:  # retrieval
@@ -645,36 +679,25 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
             captions += lines
             image_of_text += [number] * len(lines)
         texts = embed_texts(model, tokenizer, captions, rank, world_size)
-        if pictures:
-            path = f"{pictures}/{name}.png"
-            draw_retrieval(path, test.samples, captions, image_of_text, images, texts)
+        if picture:
+            draw_retrieval(picture, test.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=images.device))
 
     classes = class_features(model, tokenizer, test.classnames, test.templates, rank, world_size)
     scores = images @ classes.T                                                 # (N, C)
     labels = torch.tensor(test.targets, device=images.device)
     metrics = classification_metrics(scores, labels)
-    if pictures:
-        draw_mistakes(f"{pictures}/{name}.png", test, scores, labels)
+    if picture:
+        draw_mistakes(picture, test, scores, labels)
     if probe:
-        title = f"{name} train"
-        features = embed_images(model, train.samples, config, rank, world_size, workers, title)
+        train = read_folder(folder, "train")
+        features = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
         targets = torch.tensor(train.targets, device=images.device)
         accuracy, C, held_out = linear_probe(features, targets, images, labels, len(classes))
         metrics["lp_acc1"] = accuracy
         print(f"{name}: probe on {len(features)} images; C = {C:.3g}, "
               f"{held_out:.1%} right on a held-out tenth")
     return metrics
-
-def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1):
-    """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks."""
-    results = {}
-    for folder in folders:
-        try:
-            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size)
-        except (ValueError, OSError) as error:
-            results[folder] = {"failed": data.message(error)}
-    return results
 
 def percent(value):
     """0.5 as "50.00"; a text, such as why a folder failed, as it is."""
@@ -702,6 +725,50 @@ def table(results):
         lines = [f"{line} | {cell:>{width}}" for line, cell in zip(lines, cells)]
     return "\n".join(f"| {line} |" for line in [head, ruler, *lines])
 
+def write_json(path, results):
+    """Writes the results to a file, if there is a path."""
+    if path:
+        with data.write_whole(path) as file:
+            file.write(json.dumps(results, indent=1).encode())
+
+def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1, requests=(), workers=4,
+                 probe=False, pictures="", show=False, json_path=""):
+    """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks.
+    show: print each row when it is done. json_path: a file for the results so far. requests: a list
+    that a signal handler fills; once it holds something on any rank, no other folder is begun."""
+    names = tell_apart(folders)
+    results = {}
+    for folder in folders:
+        requested = model.logit_scale.new_tensor(len(requests))
+        if world_size > 1:
+            dist.all_reduce(requested)
+        if requested > 0:
+            break
+        try:
+            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size, workers,
+                                       probe, pictures, names[folder])
+        except (ValueError, OSError) as error:
+            results[folder] = {"failed": data.message(error)}
+        write_json(json_path, results)
+        if show:
+            row = [f"{short_name(name)}: {percent(x)}" for name, x in results[folder].items()]
+            print(folder, *row, sep=" | ", flush=True)
+    return results
+
+def check(args, folders):
+    """ValueError or OSError for what is missing: better now than after the first folder's hour."""
+    for folder in folders:
+        test = read_folder(folder)
+        if args.probe and test.classnames:
+            read_folder(folder, "train")
+    if args.sugarcrepe:
+        for kind in SUGARCREPE:
+            for name in read_questions(f"{args.sugarcrepe}/{kind}.json")[0]:
+                os.stat(f"{args.images}/{name}")
+    if args.pictures:
+        os.makedirs(args.pictures, exist_ok=True)
+    write_json(args.json, {})
+
 def run(args):
     """What the command line asks for: draws the curves of runs, or evaluates a checkpoint."""
     if args.curves:
@@ -719,19 +786,15 @@ def run(args):
         folders = config.val
         if not folders:
             raise ValueError(f"{args.checkpoint}: trained without --val; say what to evaluate with --data")
-    if args.pictures:
-        os.makedirs(args.pictures, exist_ok=True)
-    for folder in folders:  # a slip in the last folder shows before the first one's hour of work
-        read_folder(folder)
-    results = {}
-    for folder in folders:
-        results[folder] = evaluate(model, tokenizer, config, folder, workers=args.workers,
-                                   probe=args.probe, pictures=args.pictures)
+    check(args, folders)
+    results = evaluate_all(model, tokenizer, config, folders, workers=args.workers, probe=args.probe,
+                           pictures=args.pictures, show=True, json_path=args.json)
     if args.sugarcrepe:
         results |= sugarcrepe(model, tokenizer, config, args.sugarcrepe, args.images, args.workers)
+        write_json(args.json, results)
     print(table(results))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    if any("failed" in metrics for metrics in results.values()):
+        sys.exit(1)
 
 def main():
     """The command line; what went wrong is one line."""
@@ -749,6 +812,11 @@ def main():
     add("--curves", nargs="+", metavar="LOG", help="draw runs' log.jsonl to curves.png, print last metrics")
     add("--workers", type=int, default=4, help="threads that read and decode images")
     args = parser.parse_args()
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed, but tqdm writes to it
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # under torchrun; the first process does it all
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        print("one process is enough: call python evaluate.py, not torchrun", file=sys.stderr)
     try:
         run(args)
     except (ValueError, OSError, KeyboardInterrupt) as error:
