@@ -13,15 +13,16 @@ attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080): 
 
 One step of training, with the functions that do it:
 
-    images, tokens = a batch                                 data.Batches
-    edges = how much changes inside each patch               sobel_edges
-    candidates = a few flat patches, by chance               pgs_candidates
-    S = similarity of every two patches, balanced            patch_similarity, balance
-    keep = patches, without half, those similar first        pgs_score, remove; make_mask calls all five
-    image_features = ViT(the patches keep of images)         VisionTransformer
-    text_features = transformer(tokens) at <end>             CLIP.encode_text
-    loss = cross_entropy(scale * image_features @ text_features.T), both ways, all ranks    clip_loss
-    loss.backward(), AdamW                                   train_step, update
+    edges = how much changes inside each patch                       sobel_edges
+    candidates = a few flat patches, by chance                       pgs_candidates
+    S = cosines of pixels and, more and more, embeddings, balanced   patch_similarity, balance
+    similar = patches with S > 0.5 to some candidate                 pgs_score
+    keep = the half that stays: similar ones go first, by chance     remove; make_mask calls all of these
+    image_features = ViT(the patches keep of the images)             CLIP.encode_image
+    text_features = transformer(tokens), at <end>                    CLIP.encode_text
+    logits = scale * cosines of image_features, text_features        clip_loss
+    loss = cross_entropy(logits), both ways, over all ranks          clip_loss
+    loss.backward(), AdamW                                           train_step, update
 
 The story, top to bottom: config, masks, model, teacher, loss, optimizer, one step. Everybody reads up
 to there. Then come many passes (--accum), two views (A-CLIP, SLIP), the run and main. data.py reads
@@ -29,7 +30,6 @@ shards, evaluate.py measures what was learned.
 """
 import argparse
 import copy
-import fcntl
 import json
 import math
 import os
@@ -39,6 +39,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -53,6 +54,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
+
+if not hasattr(data, "Batches") or not hasattr(evaluate, "embed_images"):
+    raise SystemExit(f"error: {data.__file__} and {evaluate.__file__}: one of these is not this project's; "
+                     "run clip_pgs.py in its own folder")
 
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option, and what the checkpoint
@@ -167,7 +172,8 @@ def check(config):
 # The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in
 # make_mask, above that of cluster. Letters in shapes: B images, L patches of an image, K of them
 # kept, D width of a tower, E size of an embedding, T tokens of a caption, N packed tokens of a
-# batch, H and W pixels, P side of a patch.
+# batch, H and W pixels, P side of a patch,
+# S similarity, u Sinkhorn's scaling.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 COUNTING = ("cluster", "attentive", "pgs")  # they find how many could go: `ratio` may be a range
@@ -237,9 +243,8 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
 
     pixels = patchify(images.float(), patch_size)
     pixels = pixels - pixels.mean(-1, keepdim=True)     # the cosine itself divides by the deviation
-    # A patch of one grey is now zero plus rounding noise, whose direction is random. We append the
-    # same small number to every patch. Patches of one grey then point the same way, and the others
-    # hardly change.
+    # A patch whose values are all equal is now zero plus rounding noise, whose direction is random.
+    # The same small number, appended to every patch, makes such patches alike.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
     if embeddings is None or alpha == 0:
         return S
@@ -328,7 +333,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         noise = torch.rand(B, 2, L, generator=generator, device=images.device)
     proposal, choice = noise.unbind(1)              # (B, L) each
 
-    with torch.autocast(images.device.type, enabled=False):  # exp(20 S) needs float32
+    with torch.autocast(images.device.type, enabled=False):  # exp(S / EPS) needs float32
         if name == "random":  # FLIP, Li et al., CVPR 2023
             return remove(choice, ratio)
         if name == "center":  # GLIP, Liang and Larson, ECML 2024: a Gaussian of variance 0.2 per axis
@@ -336,11 +341,11 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             x = torch.linspace(-1, 1, columns, device=noise.device)
             density = (-(y ** 2 + x ** 2) / 0.4).exp() / (0.4 * math.pi)  # (rows, columns)
             return remove(choice - density.flatten(), ratio)
-        if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023; the patches of a block go together
+        if name == "attentive":  # A-CLIP, Yang et al., ICCV 2023, by blocks of 2x2 patches
             blocks = block_mean(attention, rows, columns)
             count = (blocks < attention.mean(1, keepdim=True)).sum(1)  # less than an even share: could go
             return remove(-blocks, ratio, count)
-        if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: patches like the nearest of a few anchors
+        if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: candidates are a few anchors
             candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, C)
             transport = False                       # E-CLIP has none
         else:                  # CLIP-PGS
@@ -350,9 +355,9 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             candidates = pgs_candidates(strength, proposal)
         similarity = patch_similarity(images, patch_size, embeddings, alpha)
         similar = pgs_score(similarity, candidates, transport) > SIMILAR  # (B, L)
-        # Similar patches go first, and chance decides among them, as in both releases. If they are
-        # too few, chance fills up with others. To remove the most similar ones would give the same
-        # mask every time.
+        # Similar patches go first, in random order (True counts as 1, choice is below 1), as in
+        # both releases. If they are too few, others fill up at random. Ranked by score instead, a
+        # mask would hardly vary between epochs.
         return remove(similar + choice, ratio, similar.sum(1))
 
 # -----------------------------------------------------------------------------
@@ -565,8 +570,8 @@ class CLIP(nn.Module):
         return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
 
 # -----------------------------------------------------------------------------
-# Teacher: the EMA copy of the image tower, whose attention `attentive` ranks. Other masks have
-# none.
+# Teacher: the EMA copy of the image tower. `attentive` ranks by its attention; BYOL, in the chapter
+# on two views, learns its class token. Other runs have none.
 
 @torch.no_grad()
 def class_attention(visual, images, size=0):
@@ -657,15 +662,18 @@ def make_optimizer(config, *modules):
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 # -----------------------------------------------------------------------------
-# One step: `train_step` is all of it. Three things change as a run goes on: the learning rate,
+# One step. The loop, `train_epoch`, sets the learning rate and draws the noise, by the functions
+# below; `train_step` does the rest. As a run goes on, three things change: the learning rate,
 # alpha (how much embeddings count in pgs and cluster), and at its end the masks may go. What None
 # means here:
 #
 #     noise          this step sees whole images: --mask none, or the last, unmasked epochs
 #     keep           the encoder sees all patches
-#     valid          all K slots of keep hold a patch, as with one --ratio; a range leaves some empty
-#     embeddings     this mask compares pixels alone
+#     valid          all K slots of keep are for patches that stay: one --ratio; a range has spare slots
+#     embeddings     this mask compares nothing, or pixels alone
 #     attention, ema this mask needs no teacher: any but attentive
+#     slots          nothing is padded
+#     grad_norm      no --grad-clip
 
 def learning_rate(config, step, total_steps):
     """Linear to config.lr over the warm-up, then a cosine to 0; step counts from 0."""
@@ -820,8 +828,8 @@ def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress,
 # Two views (A-CLIP, SLIP). Skip this chapter unless you compare methods. With --views 2, each
 # image is cropped twice, both views are masked, and the CLIP loss is the mean over both.
 # --contrast compares the views: heads see the class tokens of all ranks and passes, everywhere
-# alike and outside DDP, so that batch norm is that of the whole global batch. In this chapter V is
-# the number of views, 2, and N the pairs of all ranks.
+# alike and outside DDP, so that batch norm is that of the whole global batch. Letters here: b the
+# images of one pass, N the pairs of all ranks.
 
 def nt_xent(a, b, temperature=0.1):
     """SimCLR's loss (Chen et al. 2020); features (N, E) of both views of the gathered batch, not
@@ -1021,6 +1029,7 @@ def claim(config):
     """Makes --out the folder of this run; returns a file that is locked until this process ends.
     ValueError if another process trains there, or if it holds the checkpoint of a run that we do
     not go on with."""
+    import fcntl  # here, as Windows lacks it, where evaluate.py works
     lock = open(f"{config.out}/.lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1269,8 +1278,7 @@ def train_epoch(run, epoch, log, requests):
         if due:
             save(run, "ckpt.pt")
         if requested:
-            line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
-            sys.exit(line if rank == 0 else 1)
+            stop(run)
     if num_lost and rank == 0:
         print(skipped_lines(epoch, num_lost, num_read, causes))
     return losses
@@ -1289,6 +1297,12 @@ def skipped_lines(epoch, num_lost, num_read, causes):
     for cause, number in causes.most_common(10):
         lines.append(f"{number:8}  {cause}")
     return "\n".join(lines)
+
+def stop(run):
+    """Ends this process as a signal has asked for; the checkpoint has been written."""
+    rank, _ = ranks()
+    line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+    sys.exit(line if rank == 0 else 1)
 
 def opening_line(run):
     """What will happen, for the first line of a run."""
@@ -1328,9 +1342,17 @@ def train(config, state, device):
     run = prepare(config, state, device)
     rank, world_size = ranks()
     requests = []
-    for number in data.STOP_SIGNALS:  # a request to stop after this step
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has said that a closed terminal is none
-            signal.signal(number, lambda number, frame: requests.append(number))
+
+    def request(number, frame):
+        """Notes that this process was asked to stop: it does so after a step, or a folder's
+        evaluation."""
+        requests.append(number)
+        if rank == 0:
+            print(f"{signal.Signals(number).name}: stopping soon, with a checkpoint", file=sys.stderr)
+
+    for number in data.STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has said to ignore a closed terminal
+            signal.signal(number, request)
     log = open(os.devnull, "w")
     if rank == 0:
         if config.resume:
@@ -1349,7 +1371,9 @@ def train(config, state, device):
         losses = train_epoch(run, epoch, log, requests)
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
-        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size)
+        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size, requests)
+        if len(results) < len(config.val):  # a request to stop; --resume makes this evaluation anew
+            stop(run)
         if results:
             log.write(json.dumps(run.record | dict(eval=results)) + "\n")
         if rank > 0:
@@ -1464,7 +1488,8 @@ def parse(arguments):
         state = evaluate.read_checkpoint(options.resume)
         if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
-        # A job's script may repeat the options of its run, but not ask for another tokenizer or other weights.
+        # A job's script may repeat the options of its run, but not ask for another tokenizer or
+        # other weights.
         for name in ("init", "vocab"):
             if getattr(options, name) not in ("", state["config"][name]):
                 raise ValueError(f"--{name}: no effect on a run that goes on; leave it out")
@@ -1512,6 +1537,26 @@ def start(arguments):
                                 device_id=device if on_gpu else None)
     return train(config, state, device)
 
+class Unread:
+    """A stream whose reader may be gone (`| head`), or that was closed: what cannot be written is
+    dropped, and the training goes on."""
+    def __init__(self, stream):
+        self.stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text):
+        """Writes what the encoding knows; names in a tar need not be text."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+    def flush(self):
+        """As a file's."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
 def main():
     """Entry point, one process per rank under torchrun: returns the exit status."""
     rank = int(os.environ.get("RANK", 0))
@@ -1533,6 +1578,8 @@ def main():
         return 1
 
 if __name__ == "__main__":
+    sys.stdout = Unread(sys.stdout)
+    sys.stderr = Unread(sys.stderr)
     status = main()
     sys.stdout.flush()
     # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or

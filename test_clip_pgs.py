@@ -674,6 +674,7 @@ def command(*arguments, module=clip_pgs, fails=""):
         status = module.main()
     for number, handler in handlers:
         signal.signal(number, handler)
+    print(printed.getvalue(), file=sys.stderr, end="")
     if status:
         _, error, line = printed.getvalue().rpartition("error: ")
         raise SystemExit(f"error: {line}".rstrip() if error else status)
