@@ -40,7 +40,7 @@ import traceback
 import zlib
 from collections import Counter, OrderedDict
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,6 +116,11 @@ class Config:
     precision: str = knob("", "bf16 or fp32; without it, bf16 on a GPU that has it, else fp32")
     compile: bool = knob(False, "fuse layers by torch.compile; the first step of a size is slow")
     show_masks: tuple = knob((), "photographs: draw masks.png and steps.png to --out, then stop")
+
+    @property
+    def num_patches(self):
+        """L, the patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
 
 # Width and layers of the image tower, of the text tower, size of the embedding; heads are 64 wide.
 # B and L are CLIP's (Radford et al. 2021); S is DeiT's small ViT with a text tower of its width.
@@ -483,10 +488,9 @@ class VisionTransformer(nn.Module):
     def __init__(self, config, width, layers, embed_dim):
         super().__init__()
         self.patch_size = config.patch_size
-        num_patches = (config.image_size // config.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(num_patches + 1, width) * width ** -0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(config.num_patches + 1, width) * width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, config.quick_gelu)
         self.ln_post = nn.LayerNorm(width)
@@ -696,10 +700,9 @@ def step_noise(config, step, global_batch, device):
     the step. Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor
     on --accum."""
     rank, world_size = ranks()
-    L = (config.image_size // config.patch_size) ** 2
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.rand(global_batch, 2, L, generator=generator, device=device)
+    noise = torch.rand(global_batch, 2, config.num_patches, generator=generator, device=device)
     return noise.chunk(world_size)[rank]
 
 def autocast(config, device):
@@ -712,11 +715,17 @@ def choose_patches(config, visual, ema, images, noise, progress):
     both are None."""
     if noise is None:
         return None, None
-    embeddings, attention = None, None
-    if config.mask in ("cluster", "pgs") and config.embeddings:
-        embeddings = visual.patch_tokens(images)                         # (B, L, D)
+    attention = None
     if config.mask == "attentive":
         attention, _ = class_attention(ema, images, config.ema_size)     # (B, L)
+    return mask_of(config, visual, images, noise, progress, attention)
+
+def mask_of(config, visual, images, noise, progress, attention):
+    """`make_mask` with the options of the run. attention (B, L) is for attentive alone, else
+    None."""
+    embeddings = None
+    if config.mask in ("cluster", "pgs") and config.embeddings:
+        embeddings = visual.patch_tokens(images)                         # (B, L, D)
     return make_mask(config.mask, images, config.ratio, patch_size=config.patch_size, noise=noise,
                      alpha=alpha_at(progress), embeddings=embeddings, attention=attention,
                      edges=config.edges, transport=config.transport)
@@ -734,13 +743,12 @@ def train_step(config, clip, model, optimizer, batch, noise, progress, ema=None)
         image_features, text_features, scale = model(images, batch.tokens, keep, valid)     # (B, E)
     loss = clip_loss(image_features.float(), text_features.float(), scale, decoded)
     loss.backward()
-    grad_norm = update(config, clip, optimizer)
-    if ema is not None:
-        update_ema(ema, clip.visual, progress)
+    grad_norm = update(config, clip, optimizer, ema, progress)
     return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
-def update(config, clip, optimizer):
-    """AdamW's step; returns the gradient's norm before clipping, None without --grad-clip."""
+def update(config, clip, optimizer, ema, progress):
+    """AdamW's step, then the EMA's; returns the gradient's norm before clipping, None without
+    --grad-clip."""
     grad_norm = None
     if config.grad_clip:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -750,13 +758,15 @@ def update(config, clip, optimizer):
     # CLIP's limit of 100. We clamp after the step: a clamp in forward has no gradient beyond it.
     with torch.no_grad():
         clip.logit_scale.clamp_(max=math.log(100))
+    if ema is not None:
+        update_ema(ema, clip.visual, progress)
     return grad_norm
 
 def step_numbers(config, clip, loss, grad_norm, keep, valid):
     """What the log says of a step. kept: the mean share of patches that the encoder saw."""
     kept = 1.0
     if keep is not None:
-        kept = keep.shape[-1] / (config.image_size // config.patch_size) ** 2
+        kept = keep.shape[1] / config.num_patches
     if valid is not None:
         kept = kept * valid.float().mean()
     numbers = {"loss": loss.detach(), "logit_scale": clip.logit_scale.detach().exp(), "kept": kept}
@@ -788,8 +798,8 @@ def backward_in_passes(model, features, num_passes, loss_of):
         # is enough. The gradient of the temperature belongs to all passes: it, too, goes in once.
         is_last = i == num_passes - 1
         model.require_backward_grad_sync = is_last
-        at_pass = [x[i] for x in gradients]
-        torch.autograd.backward(features(i), [*at_pass, scale.grad * is_last])
+        scale_gradient = scale.grad if is_last else torch.zeros_like(scale)
+        torch.autograd.backward(features(i), [*(x[i] for x in gradients), scale_gradient])
     return loss.detach()
 
 def joined(tensors):
@@ -804,23 +814,21 @@ def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress,
     images = images.chunk(config.accum)
     tokens = batch.tokens.chunk(config.accum)
     noises = [None] * config.accum if noise is None else noise.chunk(config.accum)
-    keep, valid = [], []
+    masks = []
     for i in range(config.accum):
+        pixels = data.normalize(images[i])
         with autocast(config, device):
-            pixels = data.normalize(images[i])
-            mask = choose_patches(config, clip.visual, ema, pixels, noises[i], progress)
-        keep.append(mask[0])
-        valid.append(mask[1])
+            masks.append(choose_patches(config, clip.visual, ema, pixels, noises[i], progress))
+    keep, valid = zip(*masks)
 
     def features(i):
+        pixels = data.normalize(images[i])
         with autocast(config, device):
-            image, text, scale = model(data.normalize(images[i]), tokens[i], keep[i], valid[i])
+            image, text, scale = model(pixels, tokens[i], keep[i], valid[i])
         return image.float(), text.float(), scale
 
     loss = backward_in_passes(model, features, config.accum, partial(clip_loss, decoded=decoded))
-    grad_norm = update(config, clip, optimizer)
-    if ema is not None:
-        update_ema(ema, clip.visual, progress)
+    grad_norm = update(config, clip, optimizer, ema, progress)
     keep, valid = joined(keep), joined(valid)
     return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
@@ -891,13 +899,10 @@ class TwoViews(nn.Module):
         self.clip = clip
 
     def forward(self, images, tokens, keep, valid):
-        """Of images (b, 2, 3, H, W): class tokens (b, 2, D), image features (b, 2, E), then text
-        features (b, E) and the factor of the cosines. keep, valid (b, 2, K) or None."""
-        if keep is not None:
-            keep = keep.flatten(0, 1)
-        if valid is not None:
-            valid = valid.flatten(0, 1)
-        class_tokens = self.clip.visual(images.flatten(0, 1), keep, valid).unflatten(0, (-1, 2))
+        """Of images (2b, 3, H, W), the views of an image one after the other: class tokens
+        (b, 2, D), image features (b, 2, E), then text features (b, E) and the factor of the
+        cosines. keep, valid (2b, K) or None."""
+        class_tokens = self.clip.visual(images, keep, valid).unflatten(0, (-1, 2))
         image_features = class_tokens @ self.clip.visual.proj
         return class_tokens, image_features, self.clip.encode_text(tokens), self.clip.logit_scale.exp()
 
@@ -916,58 +921,45 @@ def cut_attention(attention, boxes, side):
     return F.grid_sample(full, where, padding_mode="border", align_corners=False).flatten(1)
 
 @torch.no_grad()
-def choose_patches_of_views(config, visual, ema, images, boxes, noise, progress):
-    """As `choose_patches`, of images (b, 3, 3, H, W): two views and the whole around them, in
-    which they lie in boxes (2, b, 4). Returns keep (b, 2, K), valid (b, 2, K) or None, and the EMA
-    encoder's class token of the whole, (b, D), or None: it looks once, and its attention is cut to
-    each view."""
+def choose_patches_of_views(config, visual, ema, images, whole, boxes, noise, progress):
+    """As `choose_patches`, of views (2b, 3, H, W) of the pictures whole (b, 3, H, W), in which
+    they lie in boxes (2b, 4). Also returns the EMA encoder's class tokens of these, (b, D), or
+    None. The EMA encoder looks once at the whole, and its attention is cut to each view."""
     attention, taught = None, None
     if ema is not None and (noise is not None or "byol" in config.contrast):
-        attention, taught = class_attention(ema, images[:, 2], config.ema_size)
+        attention, taught = class_attention(ema, whole, config.ema_size)
+        side = config.image_size // config.patch_size
+        attention = cut_attention(attention.repeat_interleave(2, dim=0), boxes, side)
         taught = taught.float()
     if noise is None:
         return None, None, taught
-    keep, valid = [], []
-    for view in (0, 1):
-        pixels = images[:, view]
-        embeddings, seen = None, None
-        if config.mask in ("cluster", "pgs") and config.embeddings:
-            embeddings = visual.patch_tokens(pixels)
-        if config.mask == "attentive":
-            seen = cut_attention(attention, boxes[view], config.image_size // config.patch_size)
-        mask = make_mask(config.mask, pixels, config.ratio, patch_size=config.patch_size,
-                         noise=noise[:, view], alpha=alpha_at(progress), embeddings=embeddings,
-                         attention=seen, edges=config.edges, transport=config.transport)
-        keep.append(mask[0])
-        valid.append(mask[1])
-    return torch.stack(keep, dim=1), None if valid[0] is None else torch.stack(valid, dim=1), taught
+    return *mask_of(config, visual, images, noise, progress, attention), taught
 
 def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
     """The update of `train_step` with two views, in one pass or many. batch.images is (3, B, 3, H,
     W), noise (2B, 2, L), model TwoViews(clip) or that in DDP; ema is there for attentive and for
-    BYOL, heads for --contrast. With heads the CPU waits for the GPU two or three times."""
+    BYOL. With --contrast the CPU waits for the GPU two or three times, see `Heads`."""
     device = clip.logit_scale.device
-    images = batch.images.to(device, non_blocking=True).transpose(0, 1)            # (B, 3, 3, H, W)
-    boxes = batch.boxes.to(device, non_blocking=True)                               # (2, B, 4)
+    images = batch.images.to(device, non_blocking=True)
     decoded = batch.decoded.to(device, non_blocking=True)                           # (B,)
-    images = images.chunk(config.accum)
-    boxes = boxes.chunk(config.accum, dim=1)
+    boxes = batch.boxes.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # (2B, 4)
+    views = images[:2].transpose(0, 1).flatten(0, 1).chunk(config.accum)            # (2b, 3, H, W) each
+    wholes = images[2].chunk(config.accum)
+    boxes = boxes.chunk(config.accum)
     tokens = batch.tokens.chunk(config.accum)
-    noises = [None] * config.accum
-    if noise is not None:
-        noises = noise.unflatten(0, (-1, 2)).chunk(config.accum)                 # (b, 2, 2, L) each
-    keep, valid, taught = [], [], []
+    noises = [None] * config.accum if noise is None else noise.chunk(config.accum)
+    found = []
     for i in range(config.accum):
+        pixels = data.normalize(views[i])
+        whole = data.normalize(wholes[i])
         with autocast(config, device):
-            pixels = data.normalize(images[i])
-            found = choose_patches_of_views(config, clip.visual, ema, pixels, boxes[i], noises[i], progress)
-        keep.append(found[0])
-        valid.append(found[1])
-        taught.append(found[2])
+            found.append(choose_patches_of_views(config, clip.visual, ema, pixels, whole, boxes[i],
+                                                 noises[i], progress))
+    keep, valid, taught = zip(*found)
     taught = joined(taught)
 
     def features(i):
-        pixels = data.normalize(images[i][:, :2])                                  # (b, 2, 3, H, W)
+        pixels = data.normalize(views[i])
         with autocast(config, device):
             class_tokens, image, text, scale = model(pixels, tokens[i], keep[i], valid[i])
         return class_tokens.float(), image.float(), text.float(), scale
@@ -976,7 +968,7 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
         first = clip_loss(image[:, 0], text, scale, decoded)
         second = clip_loss(image[:, 1], text, scale, decoded)
         loss = (first + second) / 2
-        if heads is not None:
+        if config.contrast:
             loss = loss + heads(class_tokens, taught, decoded)
         return loss
 
@@ -985,17 +977,15 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
         loss.backward()
     else:
         loss = backward_in_passes(model, features, config.accum, loss_of)
-    grad_norm = update(config, clip, optimizer)
-    if ema is not None:
-        update_ema(ema, clip.visual, progress)
+    grad_norm = update(config, clip, optimizer, ema, progress)
     if "byol" in config.contrast:
         update_ema(heads.teacher, heads.projector, progress)
     keep, valid = joined(keep), joined(valid)
     numbers = step_numbers(config, clip, loss, grad_norm, keep, valid)
     if keep is not None:
-        keep = keep[:, 0]  # the picture of masks shows the first view
+        keep = keep[::2]    # the picture of masks shows the first view
     if valid is not None:
-        valid = valid[:, 0]
+        valid = valid[::2]
     return numbers, keep, valid
 
 # -----------------------------------------------------------------------------
@@ -1008,14 +998,14 @@ class Run:
     config: Config
     device: torch.device
     shards: list              # paths
-    index: np.ndarray         # (number of samples,) of data.INDEX
+    index: np.ndarray         # (samples,) of data.INDEX
     tokenizer: data.Tokenizer
     chances: dict             # of --text-tokens: {word: its chance to go first}
     clip: CLIP
     model: nn.Module          # what a step calls: clip, TwoViews(clip), or one of them in DDP
     optimizer: torch.optim.Optimizer
     ema: Any                  # the teacher, a VisionTransformer, or None
-    heads: Any                # of --contrast, or None
+    heads: Heads              # empty without --contrast
     train_step: Any           # one of the three functions above
     global_batch: int         # images per step, of all ranks
     steps_per_epoch: int      # the last, incomplete batch is dropped
@@ -1024,6 +1014,7 @@ class Run:
     step: int                 # how many are done
     record: Any               # the last line of the log, or None
     lock: Any                 # see claim; rank 0 alone has it
+    rehearsed: bool = False   # see rehearse
 
 def claim(config):
     """Makes --out the folder of this run; returns a file that is locked until this process ends.
@@ -1081,12 +1072,12 @@ def build(config, state, device):
     them."""
     torch.manual_seed(config.seed)  # on all ranks: heads, which are outside DDP, then start alike everywhere
     clip = CLIP(config).to(device)
-    heads = Heads(config).to(device) if config.contrast else None
+    heads = Heads(config).to(device)
     if state:
         weights = dict(state["model"])
         if config.init and not config.resume:  # perhaps at another --image-size
             name = "visual.positional_embedding"
-            grid = resize_positions(weights[name][1:], (config.image_size // config.patch_size) ** 2)
+            grid = resize_positions(weights[name][1:], config.num_patches)
             weights[name] = torch.cat([weights[name][:1], grid])
         try:
             clip.load_state_dict(weights)
@@ -1096,12 +1087,13 @@ def build(config, state, device):
     ema = None
     if config.mask == "attentive" or "byol" in config.contrast:
         ema = copy.deepcopy(clip.visual)
-    optimizer = make_optimizer(config, clip, *filter(None, [heads]))
+    optimizer = make_optimizer(config, clip, heads)
     if state.get("optimizer"):
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = config.weight_decay  # it may be a new one
     if ema is not None and state.get("ema"):
         ema.load_state_dict(state["ema"])
-    if heads is not None and state.get("heads"):
+    if state.get("heads"):
         heads.load_state_dict(state["heads"])
     if config.compile:
         torch._dynamo.config.cache_size_limit = 32  # versions of a function: we need 12, the default is 8
@@ -1113,24 +1105,23 @@ def build(config, state, device):
         model = nn.parallel.DistributedDataParallel(model)
     return clip, model, optimizer, ema, heads
 
-def check_ranks_agree(run):
+def check_ranks_agree(config, step, index, merges):
     """ValueError if another rank has another state, data or options, as on machines without a
     shared disk."""
-    rank, world_size = ranks()
+    _, world_size = ranks()
     if world_size == 1:
         return
-    options = asdict(run.config)
-    for name in ("data", "val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
-        del options[name]
-    mine = {"steps done": run.step, "samples": len(run.index), "options": options,
-            "merges": zlib.crc32(run.tokenizer.merges.encode())}
+    mine = asdict(config) | {"steps done": step, "samples": len(index), "data": data_sum(index),
+                             "merges": zlib.crc32(merges.encode())}
+    for name in ("val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
+        del mine[name]
     everyone = [None] * world_size
     dist.all_gather_object(everyone, mine)
-    for number, theirs in enumerate(everyone):
-        for what, value in everyone[0].items():
-            if theirs[what] != value:
-                raise ValueError(f"rank {number} has {what} {theirs[what]}, rank 0 has {value}: "
-                                 "all machines need the same command, shards and checkpoint")
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs[name] != value:
+                raise ValueError(f"{name}: {theirs[name]} on rank {rank}, {value} on rank 0; all machines "
+                                 "need the same command, shards and checkpoint")
 
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. Checks what can be checked before work
@@ -1162,16 +1153,16 @@ def prepare(config, state, device):
     chances = {}
     if config.text_tokens:
         chances = data.word_chances(data.sample_captions(shards, index))
+    check_ranks_agree(config, step, index, tokenizer.merges)
     clip, model, optimizer, ema, heads = build(config, state, device)
+    step_function = train_step if config.accum == 1 else train_step_in_passes
     if config.views == 2:
         step_function = partial(two_view_step, heads=heads)
-    else:
-        step_function = train_step if config.accum == 1 else train_step_in_passes
-    run = Run(config, device, shards, index, tokenizer, chances, clip, model, optimizer, ema, heads,
-              step_function, global_batch, steps_per_epoch, total_steps,
-              end_of_masks(config, total_steps, steps_per_epoch), step, state.get("record"), lock)
-    check_ranks_agree(run)
-    return run
+    return Run(config=config, device=device, shards=shards, index=index, tokenizer=tokenizer, chances=chances,
+               clip=clip, model=model, optimizer=optimizer, ema=ema, heads=heads, train_step=step_function,
+               global_batch=global_batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+               masked_steps=end_of_masks(config, total_steps, steps_per_epoch), step=step,
+               record=state.get("record"), lock=lock)
 
 def save(run, name):
     """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then
@@ -1181,7 +1172,7 @@ def save(run, name):
         return
     state = dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
                  ema=None if run.ema is None else run.ema.state_dict(),
-                 heads=None if run.heads is None else run.heads.state_dict(),
+                 heads=run.heads.state_dict(),
                  config=asdict(run.config), merges=run.tokenizer.merges, step=run.step, record=run.record,
                  progress=run.step / run.total_steps, global_batch=run.global_batch,
                  num_samples=len(run.index), data_sum=data_sum(run.index))
@@ -1190,7 +1181,7 @@ def save(run, name):
 
 def data_sum(index):
     """A number that differs for other shards, if not for the same ones in another folder."""
-    return zlib.crc32(np.ascontiguousarray(index).tobytes())
+    return zlib.crc32(index.tobytes())
 
 def open_log(path, step):
     """The log, open for appending, without what comes after the checkpoint of this step, to be
@@ -1225,6 +1216,31 @@ def over_ranks(values, device):
         dist.all_reduce(values)
     return values.tolist()
 
+class NoUpdate:
+    """In place of an optimizer: forgets the gradients and changes nothing."""
+    param_groups = ()
+
+    def __init__(self, clip):
+        self.zero_grad = clip.zero_grad
+
+    def step(self):
+        """Does nothing."""
+
+def rehearse(run, batch):
+    """Makes the step of this run that needs most memory, without an update: one on whole images,
+    if the run ends with them, or one that keeps as much as its range allows. A card that is too
+    small then says so in the first minute and not after days."""
+    config = run.config
+    noise = None
+    if run.masked_steps == run.total_steps:
+        config = replace(config, ratio=config.ratio[:1])
+        noise = step_noise(config, 0, run.global_batch * config.views, run.device)
+    more = {}
+    if config.views == 2:
+        more["heads"] = copy.deepcopy(run.heads)  # for the statistics of batch norm
+    run.train_step(config, run.clip, run.model, NoUpdate(run.clip), batch, noise, 0.0,
+                   copy.deepcopy(run.ema), **more)
+
 def train_epoch(run, epoch, log, requests):
     """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of
     json. ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on
@@ -1254,6 +1270,9 @@ def train_epoch(run, epoch, log, requests):
         if not losses and rank == 0 and (noise is not None or config.mask == "none"):
             first_view = batch.images if config.views == 1 else batch.images[0]
             evaluate.draw_masks(f"{config.out}/masks.png", first_view[:8], keep, valid, config.patch_size)
+        if run.device.type == "cuda" and not run.rehearsed:  # AdamW's moments are now in memory, too
+            rehearse(run, batch)
+            run.rehearsed = True
         run.step += 1
         *sums, lost, requested = over_ranks([*numbers.values(), len(batch.lost), len(requests)], run.device)
         now = time.perf_counter()
@@ -1270,7 +1289,8 @@ def train_epoch(run, epoch, log, requests):
         causes.update(batch.lost)
         num_lost += int(lost)
         num_read = len(losses) * run.global_batch
-        if lost == run.global_batch or too_many_lost(config, num_lost, num_read, final=due):
+        allowed = config.max_bad * (num_read if due else max(num_read, 1000))  # the first few prove nothing
+        if lost == run.global_batch or num_lost > allowed:
             raise ValueError(f"{skipped_lines(epoch, num_lost, num_read, causes)}\n"
                              f"more than --max-bad {config.max_bad}, or a batch without a pair")
         log.write(json.dumps(run.record) + "\n")
@@ -1283,13 +1303,6 @@ def train_epoch(run, epoch, log, requests):
         print(skipped_lines(epoch, num_lost, num_read, causes))
     return losses
 
-def too_many_lost(config, num_lost, num_read, final):
-    """Whether more than --max-bad of the samples do not decode. A few at the very start of an
-    epoch prove nothing, unless a checkpoint is about to be written."""
-    if not final:
-        num_read = max(num_read, 1000)
-    return num_lost > config.max_bad * num_read
-
 def skipped_lines(epoch, num_lost, num_read, causes):
     """How many samples did not decode on all ranks, and the most frequent causes on this one."""
     rank, _ = ranks()
@@ -1300,15 +1313,18 @@ def skipped_lines(epoch, num_lost, num_read, causes):
 
 def stop(run):
     """Ends this process as a signal has asked for; the checkpoint has been written."""
+    if dist.is_initialized():
+        dist.barrier()  # torchrun kills the others when one ends: wait for rank 0's checkpoint
     rank, _ = ranks()
-    line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
-    sys.exit(line if rank == 0 else 1)
+    if rank == 0:
+        print(f"stopped after step {run.step} of {run.total_steps}; go on with --resume", file=sys.stderr)
+    sys.exit(1)
 
 def opening_line(run):
     """What will happen, for the first line of a run."""
     config = run.config
     _, world_size = ranks()
-    L = (config.image_size // config.patch_size) ** 2
+    L = config.num_patches
     millions = sum(p.numel() for p in run.clip.parameters()) / 1e6
     removed = "0"
     if config.mask != "none":
@@ -1371,7 +1387,8 @@ def train(config, state, device):
         losses = train_epoch(run, epoch, log, requests)
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
-        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size, requests)
+        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size,
+                                        requests)
         if len(results) < len(config.val):  # a request to stop; --resume makes this evaluation anew
             stop(run)
         if results:
@@ -1414,9 +1431,9 @@ def show_masks(config, state):
     """Writes two pictures to --out, each with a row per photograph: masks.png, what every mask
     keeps of it, and steps.png, how pgs chose. With the checkpoint `state` of --resume, the encoder
     is a trained one."""
-    clip = build(config, state, "cpu")[0]
-    if state.get("ema"):
-        clip.visual.load_state_dict(state["ema"])
+    clip, _, _, teacher, _ = build(config, state, "cpu")
+    if teacher is None:
+        teacher = clip.visual
     size, P, alpha = config.image_size, config.patch_size, state.get("progress", 0.0)
     names = [name for name in MASKS if name != "none" and (len(config.ratio) == 1 or name in COUNTING)]
     generator = torch.Generator().manual_seed(config.seed)
@@ -1424,13 +1441,13 @@ def show_masks(config, state):
     for path in config.show_masks:
         pixels = evaluate.read_image(evaluate.Sample(path), size, upright=True)[None]
         images = data.normalize(pixels)                                # (1, 3, H, W)
-        attention, _ = class_attention(clip.visual, images, config.ema_size)
+        attention, _ = class_attention(teacher, images, config.ema_size)
         embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
         masks.append((pixels[0], "photograph"))
         masks.append((evaluate.heat_map(sobel_edges(images, P), size), "Sobel edges"))
         masks.append((evaluate.heat_map(attention, size), "class attention"))
         for name in names:
-            noise = torch.rand(1, 2, (size // P) ** 2, generator=generator)
+            noise = torch.rand(1, 2, config.num_patches, generator=generator)
             keep, valid = make_mask(name, images, config.ratio, patch_size=P, noise=noise, alpha=alpha,
                                     embeddings=embeddings, attention=attention, edges=config.edges,
                                     transport=config.transport)
@@ -1495,8 +1512,8 @@ def parse(arguments):
                 raise ValueError(f"--{name}: no effect on a run that goes on; leave it out")
         if options.vocab_size < state["config"]["vocab_size"]:
             raise ValueError("--vocab-size: no effect on a run that goes on; leave it out")
-        names = {option.name for option in fields(Config)}  # an older run may have options that are gone
-        parser.set_defaults(**{name: value for name, value in state["config"].items() if name in names})
+        # An older run may have options that are gone.
+        parser.set_defaults(**{name: value for name, value in state["config"].items() if name in options})
         parser.set_defaults(out=os.path.dirname(options.resume) or ".")
     elif options.init:  # the weights and the tokenizer, not the state of a run
         clip, tokenizer, then = evaluate.load(options.init, options.vocab, options.quick_gelu)
@@ -1524,6 +1541,8 @@ def start(arguments):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             config.precision = "fp32"  # an old card; the first line of the run says so
@@ -1562,13 +1581,11 @@ def main():
     rank = int(os.environ.get("RANK", 0))
     try:
         return int(start(sys.argv[1:]))
-    except SystemExit as stopped:  # argparse has said what is wrong, or a signal has ended the training
-        if isinstance(stopped.code, str):
-            print(stopped.code, file=sys.stderr)
-        return 1 if isinstance(stopped.code, str) else stopped.code or 0
+    except SystemExit as stopped:  # argparse or `stop` has said why
+        return stopped.code or 0
     except (Exception, KeyboardInterrupt) as error:
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
-        if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             # torchrun ends all ranks when one ends. A rank that failed alone must speak before
             # those that lost the connection to it. Of ranks that failed alike, rank 0 speaks and
             # the others wait.
