@@ -301,9 +301,10 @@ def block_mean(x, rows, columns):
 def remove(priority, ratio, count=None):
     """Removes the patches of the highest priority (B, L): keep (B, K) int64, valid (B, K) bool or
     None. With one ratio all images lose that share. With a range they lose `count` (B,), or the
-    end of the range that is nearest. keep is in no special order: each patch takes its position
-    with it. Valid slots of `keep` come first; the others hold removed patches, and only fill up
-    the row."""
+    nearest end of the range. keep is sorted by priority, the lowest first, not by position: each
+    patch takes its position with it. Valid slots of `keep` come first; the others hold removed
+    patches, and only fill up the row. Of equal priorities the last patches go: add noise to let
+    chance decide."""
     L = priority.shape[1]
     low = min(round(ratio[0] * L), L - 1)           # one patch always stays
     high = min(round(ratio[-1] * L), L - 1)
@@ -314,7 +315,7 @@ def remove(priority, ratio, count=None):
     if low == high:
         return keep, None
     num_kept = L - count.clamp(low, high)           # (B,)
-    valid = torch.arange(L - low, device=keep.device) < num_kept[:, None]
+    valid = torch.arange(L - low, device=keep.device) < num_kept[:, None]  # (B, K)
     return keep, valid
 
 @torch.no_grad()
@@ -395,13 +396,14 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def heads(self, x, slots=None):
+    def qkv(self, x, slots=None):
         """Queries, keys and values, (B, heads, K, 64) each, of x (B, K, D), or (N, D) with its
         slots."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if slots is not None:
             qkv = slots.unpack(qkv)
-        return qkv.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
+        qkv = qkv.unflatten(2, (3, -1, HEAD_WIDTH))    # (B, K, 3, heads, 64)
+        return qkv.permute(2, 0, 3, 1, 4)              # (3, B, heads, K, 64)
 
     def mix(self, q, k, v, slots=None, causal=False):
         """What each query takes from the values, (B, queries, D)."""
@@ -414,7 +416,7 @@ class Attention(nn.Module):
 
     def forward(self, x, slots=None, causal=False):
         """See `Block.forward`."""
-        q, k, v = self.heads(x, slots)
+        q, k, v = self.qkv(x, slots)
         y = self.mix(q, k, v, slots, causal)
         if slots is not None:
             y = slots.pack(y)
@@ -444,7 +446,7 @@ class Block(nn.Module):
 
     def first(self, x, slots=None):
         """What `forward` makes of the first token of each image, (B, D), and of no other."""
-        q, k, v = self.attn.heads(self.ln_1(x), slots)
+        q, k, v = self.attn.qkv(self.ln_1(x), slots)
         y = self.attn.out_proj(self.attn.mix(q[:, :, :1], k, v, slots))  # (B, 1, D)
         if slots is not None:
             x = slots.unpack(x)
@@ -456,7 +458,7 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, quick_gelu):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, quick_gelu) for _ in range(layers))
-        # CLIP's text initialisation: the sum of all residual branches has the scale of a single
+        # CLIP's text initialisation, here for both towers: the sum of all residual branches has the scale of a single
         # one.
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
@@ -590,7 +592,7 @@ def class_attention(visual, images, size=0):
     x = visual.embed(images)                                             # (B, 1 + L, D)
     for block in visual.transformer.resblocks:
         # The layer, line by line: scaled_dot_product_attention keeps the attention to itself.
-        q, k, v = block.attn.heads(block.ln_1(x))
+        q, k, v = block.attn.qkv(block.ln_1(x))
         logits = q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5    # (B, heads, 1, 1 + L)
         row = logits.float().softmax(-1)
         rows.append(row[:, :, 0, 1:].mean(1))                            # (B, L)
@@ -612,7 +614,8 @@ def update_ema(ema, model, progress):
         average.lerp_(weight, 1 - momentum)
 
 # -----------------------------------------------------------------------------
-# Loss.
+# Loss. To try another one, rewrite clip_loss. Its parameters belong to CLIP and leave through
+# CLIP.forward (and TwoViews.forward), so that DDP and --accum see them.
 
 def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
@@ -622,9 +625,9 @@ def ranks():
 
 def gather(x):
     """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. All ranks then
-    compute the same loss of all pairs. The gradient goes to this rank's own rows, times
-    world_size, because DDP will take the mean of the ranks' gradients. The temperature needs no
-    factor: each rank has all of its gradient."""
+    compute the same loss of all pairs. The gradient goes to this rank's own rows, times world_size,
+    because DDP will take the mean of the ranks' gradients. Parameters of the loss, such as the
+    temperature, need no factor: each rank has all of their gradient."""
     rank, world_size = ranks()
     if world_size == 1:
         return x
@@ -782,8 +785,8 @@ def step_numbers(config, clip, loss, grad_norm, keep, valid):
 # each pass again, backward from that gradient.
 
 def backward_in_passes(model, features, num_passes, loss_of):
-    """Adds the gradient of the whole batch's loss to the parameters; returns the loss.
-    features(i) computes pass i: tensors (b, ...), and last the temperature, which all share."""
+    """Adds the gradient of the whole batch's loss to the parameters; returns the loss. features(i)
+    computes pass i: tensors (b, ...), and last one tensor that all passes share, the temperature."""
     with torch.no_grad():
         found = [features(i) for i in range(num_passes)]
     *whole, scales = zip(*found)
@@ -1316,9 +1319,8 @@ def stop(run):
     if dist.is_initialized():
         dist.barrier()  # torchrun kills the others when one ends: wait for rank 0's checkpoint
     rank, _ = ranks()
-    if rank == 0:
-        print(f"stopped after step {run.step} of {run.total_steps}; go on with --resume", file=sys.stderr)
-    sys.exit(1)
+    line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+    sys.exit(line if rank == 0 else 1)
 
 def opening_line(run):
     """What will happen, for the first line of a run."""
@@ -1460,7 +1462,8 @@ def show_masks(config, state):
     evaluate.sheet(f"{config.out}/masks.png", masks, columns=3 + len(names))
     evaluate.sheet(f"{config.out}/steps.png", steps, columns=6)
     if len(config.ratio) == 2:
-        print("random and center are left out: they take one --ratio, not a range")
+        left_out = [name for name in MASKS[1:] if name not in COUNTING]
+        print(f"{', '.join(left_out)} left out: they take one --ratio, not a range")
     if not state:
         print("the encoder is untrained; --resume shows a trained one")
     print(f"wrote {config.out}/masks.png, and how pgs chose: {config.out}/steps.png")
@@ -1582,6 +1585,9 @@ def main():
     try:
         return int(start(sys.argv[1:]))
     except SystemExit as stopped:  # argparse or `stop` has said why
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+            return 1
         return stopped.code or 0
     except (Exception, KeyboardInterrupt) as error:
         line = data.message(error)  # "" for a bug, or for the end of the connection to a rank that has failed
