@@ -827,8 +827,8 @@ def epoch_loader(run, epoch, steps):
     order = data.epoch_order(run.index, config.seed, epoch)[:run.steps_per_epoch * run.global_batch]
     batches = data.Batches(
         config, run.shards, run.index, order.reshape(run.steps_per_epoch, world_size, -1)[:, rank],
-        run.tokenizer, epoch, whole=run.ema and config.views == 2, chances=run.chances,
-        masked=run.masked_steps - epoch * run.steps_per_epoch)
+        run.tokenizer, epoch, chances=run.chances,
+        num_masked=run.masked_steps - epoch * run.steps_per_epoch)
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=config.workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
@@ -841,7 +841,9 @@ def train_epoch(run, epoch, log, requests):
     bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{run.num_epochs}", steps.stop,
                initial=steps.start, disable=rank > 0, leave=False, unit=" steps")
     losses, num_lost, causes, tick = [], 0, Counter(), time.perf_counter()
-    for images, boxes, tokens, decoded, bad, fault in bar:
+    for images, tokens, decoded, boxes, bad, fault in bar:
+        if config.views == 1:
+            images, boxes = images[None], torch.zeros(1, len(images), 4)
         if fault:
             raise OSError(fault)
         lr = learning_rate(run.step, run.total_steps, config.lr, config.warmup)
