@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import tarfile
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # of two images of a sample, CLIP_benchmark takes the first
@@ -55,6 +56,22 @@ def write_whole(path, suffix=".part"):
     finally:
         if os.path.exists(path + suffix):
             os.remove(path + suffix)
+
+@contextmanager
+def make_whole(folder):
+    """A new folder to fill, which gets its name when it is whole. FileExistsError if another process
+    was first."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    # In a folder of another name each time: two processes may make the same one.
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".part", dir=parent) as ours:
+        part = f"{ours}/{name}"
+        os.mkdir(part)
+        yield part
+        try:
+            os.rename(part, folder)
+        except OSError:
+            raise FileExistsError(f"{folder}: is there already; name another folder") from None
 
 # What to say to a user whose error matches a pattern.
 HINTS = {
@@ -107,8 +124,8 @@ def tar_members(path):
                     yield member.name, member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
             rest = tar.fileobj.read(1 << 24)
-    except OSError:
-        raise  # the disk's fault
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None  # the disk's fault
     except EOFError:
         raise ValueError("truncated") from None
     except Exception:  # tarfile's own errors, and whatever else a damaged header provokes
@@ -140,7 +157,9 @@ def expand(patterns):
         elif os.path.exists(path):
             found = [path]
         else:
-            found = sorted(glob.glob(path))
+            folder, name = os.path.split(path)
+            folder = folder.replace("[", "[[]")  # of 'set [v2]/*.tar' the brackets mean themselves
+            found = sorted(glob.glob(os.path.join(folder, name)) or glob.glob(path))
             missing = "the pattern matches no file" if glob.has_magic(path) else "no such file"
         if not found:
             raise ValueError(f"--data {path}: {missing}")
@@ -288,6 +307,10 @@ def read_bytes(path, offset, size):
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
+# Texts and colour profiles in a PNG do not change its pixels; yet Pillow unpacks them, and refuses a
+# picture with large ones. What it has no method for, it passes over.
+for chunk in ("tEXt", "zTXt", "iTXt", "iCCP"):
+    delattr(PngImagePlugin.PngStream, f"chunk_{chunk}")
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
 @contextmanager
@@ -451,10 +474,8 @@ for byte in range(256):
 # CLIP first repairs a caption by ftfy.fix_text. We do what that does, except for one thing: it also
 # guesses which text was once decoded wrongly ("mojibake"). Code of a character -> what replaces it:
 FIXES = {}
-for code in [*range(9), 11, *range(14, 32), 127]:
-    FIXES[code] = None  # control characters go
-for code in [*range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD), 0xFEFF]:
-    FIXES[code] = None  # so do other marks that nobody sees
+for code in [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]:
+    FIXES[code] = None  # control characters go, and other marks that nobody sees
 for code in range(128, 160):  # a control in Latin-1, but a letter or a quote in Windows-1252
     FIXES[code] = bytes([code]).decode("cp1252", "ignore") or chr(code)
 for code in [*map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)]:
@@ -625,16 +646,13 @@ class Tokenizer:
 def read_captions(shard, row):
     """A list of str, maybe empty: lines of a .txt or the "caption" of a .json; else ValueError."""
     raw = read_bytes(shard, row["text"], row["text_size"])
-    if row["json"]:
-        try:
+    try:
+        if row["json"]:
             found = json.loads(raw)["caption"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError("no UTF-8 json with a caption") from None
-    else:
-        try:
+        else:
             found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
-        except UnicodeDecodeError:
-            raise ValueError("caption is not UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
     if isinstance(found, str):
         found = found.split("\n")
     if not isinstance(found, list):
@@ -792,15 +810,26 @@ def list_lines(path):
             yield image, caption
 
 def list_samples(path):
-    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths
-    relative to its folder. Lines of one image that follow each other are one sample. ValueError
-    that names a bad line."""
+    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative
+    to its folder. Lines of one image that follow each other are one sample. ValueError if it fails."""
     for image, lines in groupby(list_lines(path), lambda line: line[0]):
         captions = [caption for _, caption in lines]
-        with open(image, "rb") as file:
-            raw = file.read()
+        try:
+            with open(image, "rb") as file:
+                raw = file.read()
+        except OSError as error:
+            raise ValueError(f"{image}: {error.strerror}") from None
         extension = image.rpartition(".")[2].lower()
         yield {extension: raw, "txt": "\n".join(captions).encode()}
+
+def pack(path, folder):
+    """Makes shards of a list, in a new folder; returns how many."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"{folder}: holds shards already, or something else; name another folder")
+    for _ in tqdm(list_lines(path), "checking", unit=" lines"):
+        pass  # a bad line is to be found before hours of work, not after
+    with make_whole(folder) as part:
+        return write_shards(part, tqdm(list_samples(path), "packing", unit=" samples"), 10_000)
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs,
@@ -885,12 +914,11 @@ def draw_shape(shape, center, r, turn):
 
 def pick_objects(rng, split, index):
     """The one or two (colour, shape) pairs of a scene."""
-    if split == "seen":
-        return [SEEN[index % len(SEEN)]]
-    if split == "unseen":
-        return [UNSEEN[index % len(UNSEEN)]]
     if split == "retrieval":
         return [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+    if split != "train":
+        classes = SEEN if split == "seen" else UNSEEN
+        return [classes[index % len(classes)]]
     first = rng.integers(len(SEEN))
     second = first + rng.integers(1, len(SEEN))
     objects = [SEEN[first], SEEN[second % len(SEEN)]]
@@ -940,23 +968,25 @@ def demo_sample(split, index):
         return {"jpg": jpeg.getvalue(), "cls": str(label).encode()}
     return {"jpg": jpeg.getvalue(), "txt": caption.encode()}
 
+def draw_split(split, folder):
+    """A split as shards, train, or as a folder of CLIP_benchmark, the others."""
+    bar = tqdm(range(SPLITS[split]), f"drawing demo/{split}", unit=" scenes")
+    samples = (demo_sample(split, index) for index in bar)
+    if split == "train":
+        write_shards(folder, samples)
+        return
+    num_shards = write_shards(f"{folder}/test", samples, name="{}.tar")
+    for name, lines in {"test/nshards.txt": [num_shards], **FILES[split]}.items():
+        with write_whole(f"{folder}/{name}") as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
+
 def make_demo(folder):
-    """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it
-    is there."""
+    """Draws the demo data. Nothing if the folder is there, or another process made it meanwhile."""
     if os.path.isdir(folder):
         return
-    for split, number in SPLITS.items():
-        target = f"{folder}.part/{split}"
-        bar = tqdm(range(number), f"drawing demo/{split}", unit=" scenes")
-        samples = (demo_sample(split, index) for index in bar)
-        if split == "train":
-            write_shards(target, samples)
-            continue
-        num_shards = write_shards(f"{target}/test", samples, name="{}.tar")
-        for name, lines in {"test/nshards.txt": [num_shards], **FILES[split]}.items():
-            with open(f"{target}/{name}", "w") as file:
-                file.writelines(f"{line}\n" for line in lines)
-    os.replace(folder + ".part", folder)  # under its name only when whole
+    with suppress(FileExistsError), make_whole(folder) as part:
+        for split in SPLITS:
+            draw_split(split, f"{part}/{split}")
 
 # -----------------------------------------------------------------------------
 # The commands.
@@ -965,20 +995,17 @@ def main():
     """The commands `pack` and `demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
-    pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
-    pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
-    demo = commands.add_parser("demo", help="draw the demo data set")
-    demo.add_argument("out", help="folder to make")
+    command = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
+    command.add_argument("captions", help="text file, a sample per line; paths are relative to its folder")
+    command.add_argument("out", help="new folder for 00000.tar, 00001.tar, ...")
+    command = commands.add_parser("demo", help="draw the demo data set")
+    command.add_argument("out", help="folder to make")
     options = parser.parse_args()
     try:
         if options.command == "demo":
             make_demo(options.out)
             return
-        if glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
-            raise ValueError(f"{options.out}: holds shards already; name another folder")
-        samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
-        num_shards = write_shards(options.out, samples, 10_000)
+        num_shards = pack(options.captions, options.out)
         print(f"wrote {num_shards} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"error: {message(error)}")
