@@ -1234,8 +1234,11 @@ def rehearse(run, batch):
     if the run ends with them, or one that keeps as much as its range allows. A card that is too
     small then says so in the first minute and not after days."""
     config = run.config
+    ends_whole = config.mask != "none" and run.masked_steps < run.total_steps
+    if not ends_whole and len(config.ratio) == 1:
+        return  # all steps are alike
     noise = None
-    if run.masked_steps == run.total_steps:
+    if not ends_whole:
         config = replace(config, ratio=config.ratio[:1])
         noise = step_noise(config, 0, run.global_batch * config.views, run.device)
     more = {}

@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import tarfile
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")  # of two images of a sample, CLIP_benchmark takes the first
@@ -42,8 +43,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @contextmanager
 def write_whole(path, suffix=".part"):
-    """A binary file to write, which gets its name when it is whole and on disk. OSError if it
-    can't be."""
+    """A binary file to write, which gets its name when it is whole and on disk; else OSError."""
     try:
         with open(path + suffix, "wb") as file:
             yield file
@@ -57,6 +57,22 @@ def write_whole(path, suffix=".part"):
         if os.path.exists(path + suffix):
             os.remove(path + suffix)
 
+@contextmanager
+def make_whole(folder):
+    """A new folder to fill, which gets its name when it is whole. FileExistsError if another process
+    was first."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    # In a folder of another name each time: two processes may make the same one.
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".part", dir=parent) as ours:
+        part = f"{ours}/{name}"
+        os.mkdir(part)
+        yield part
+        try:
+            os.rename(part, folder)
+        except OSError:
+            raise FileExistsError(f"{folder}: is there already; name another folder") from None
+
 # What to say to a user whose error matches a pattern.
 HINTS = {
     "KeyboardInterrupt": "interrupted",
@@ -65,8 +81,7 @@ HINTS = {
     r"worker \(pid|process pool": "a worker was killed, maybe for lack of memory: pass fewer --workers"}
 
 def message(error):
-    """The line of an error that a user gets to see; "" if it is a bug of ours, which deserves a
-    traceback."""
+    """The line of an error that a user gets to see; "" for a bug, which deserves its traceback."""
     for pattern, hint in HINTS.items():
         if re.search(pattern, repr(error)):
             return hint
@@ -101,26 +116,25 @@ def what_it_is(path, otherwise="not a tar"):
     return otherwise
 
 def tar_members(path):
-    """Yields (name, offset, size) of each file in a tar. ValueError with the cause where that is
-    damaged."""
+    """Yields (name, offset, size) of each file in a tar. ValueError where the tar is damaged."""
     length = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if not member.offset < tar.offset <= length:  # tar.offset: where the next header would be
-                    raise tarfile.ReadError("unexpected end of data")
+                if not member.offset < tar.offset <= length:  # where the next header would be
+                    raise EOFError
                 if member.isfile():  # and neither a folder nor a link
                     yield member.name, member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
             rest = tar.fileobj.read(1 << 24)
-    except OSError:
-        raise  # the disk's fault
-    except Exception as error:  # tarfile's own errors, and whatever else a damaged header provokes
-        cut_off = str(error) == "unexpected end of data"  # the words of tarfile, for a header that is cut off
-        raise ValueError("truncated" if cut_off else what_it_is(path)) from None
-    # tarfile ends without a word at anything that is no header. Only zeros may follow the last
-    # file.
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from None  # the disk's fault
+    except EOFError:
+        raise ValueError("truncated") from None
+    except Exception:  # tarfile's own errors, and whatever else a damaged header provokes
+        raise ValueError(what_it_is(path)) from None
+    # tarfile ends without a word at anything that is no header. Only zeros may follow the files.
     if not rest or len(rest) % 512:
         raise ValueError(f"truncated, the tar breaks off at byte {length}")
     if rest.strip(b"\0"):
@@ -133,8 +147,7 @@ def tar_members(path):
 # a permutation.
 
 def expand(patterns):
-    """Shards by path, glob or range, such as '{00000..01242}.tar', in order. ValueError if one is
-    missing."""
+    """Shards by path, glob or range, '{00000..01242}.tar', in order. ValueError if one is missing."""
     paths = []
     for path in patterns:
         if os.path.isdir(path):
@@ -148,7 +161,9 @@ def expand(patterns):
         elif os.path.exists(path):
             found = [path]
         else:
-            found = sorted(glob.glob(path))
+            folder, name = os.path.split(path)
+            folder = folder.replace("[", "[[]")  # of 'set [v2]/*.tar' the brackets mean themselves
+            found = sorted(glob.glob(os.path.join(folder, name)) or glob.glob(path))
             missing = "the pattern matches no file" if glob.has_magic(path) else "no such file"
         if not found:
             raise ValueError(f"--data {path}: {missing}")
@@ -228,8 +243,7 @@ def scan(shards, workers, progress):
     return np.concatenate(rows), [fault for fault in faults if fault], lost
 
 def kept_scan(folder, stamp):
-    """What `scan` found at an earlier start, or None. Ranks of a machine share the index's pages
-    in memory."""
+    """What `scan` found at an earlier start, or None. Ranks share the pages of index.npy in memory."""
     with suppress(Exception):  # not there yet, or damaged: it is only a copy
         with open(f"{folder}/index.json") as file:
             kept_stamp, faults, lost = json.load(file)
@@ -263,15 +277,16 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
         raise ValueError(f"--data: {remark}; that is more than --max-bad {max_bad}")
     return index, faults + [remark]
 
-WINDOW = 10_000  # samples, about one img2dataset shard: mixes neighbours, yet reads few shards at a time
+# How far a sample may fall back: about one shard of img2dataset. That mixes neighbours, and yet few
+# shards are read at a time.
+WINDOW = 10_000
 
 def epoch_order(index, seed, epoch):
-    """(N,) sample numbers, by seed and epoch alone: shards in random order, samples moved within
-    WINDOW."""
+    """(N,) sample numbers, by seed and epoch alone: a random order that reads shard after shard."""
     rng = np.random.default_rng([seed, epoch])
-    turns = rng.permutation(index["shard"].max() + 1)                        # (shards,) each one's turn
-    order = turns[index["shard"]].argsort(kind="stable")                     # (N,) shard after shard
-    places = np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))      # each falls back a bit
+    turns = rng.permutation(index["shard"].max() + 1)                    # each shard's turn
+    order = turns[index["shard"]].argsort(kind="stable")                 # (N,) shard after shard
+    places = np.arange(len(order)) + rng.uniform(0, WINDOW, len(order))  # all fall back a bit
     return order[places.argsort(kind="stable")]
 
 # Files stay open, for the next samples come from the same shards. Of more than 64, Python closes
@@ -280,8 +295,7 @@ def epoch_order(index, seed, epoch):
 open_shard = lru_cache(maxsize=64)(open)
 
 def read_bytes(path, offset, size):
-    """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read
-    that far."""
+    """`size` bytes of a file from `offset` on. OSError, which names the file, if that fails."""
     try:
         # pread, not seek and read: workers inherit open files, and with them one position for all.
         raw = os.pread(open_shard(path, "rb", buffering=0).fileno(), size, offset)
@@ -297,16 +311,19 @@ def read_bytes(path, offset, size):
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
+# Texts and colour profiles in a PNG do not change its pixels; yet Pillow unpacks them, and refuses a
+# picture with large ones. What it has no method for, it passes over.
+for chunk in ("tEXt", "zTXt", "iTXt", "iCCP"):
+    delattr(PngImagePlugin.PngStream, f"chunk_{chunk}")
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
 
 @contextmanager
 def pillow_errors():
-    """Whatever Pillow raises at damaged bytes, OSError, SyntaxError, struct.error ...: as a
-    ValueError."""
+    """Turns what Pillow raises at damaged bytes (OSError, SyntaxError, ...) into a ValueError."""
     try:
         yield
     except Exception as error:
-        cause = re.sub(r" <_io.*>", "", str(error))  # without the address of a buffer: causes get counted
+        cause = re.sub(r" <_io.*>", "", str(error))  # an address in memory: causes are to be counted
         raise ValueError(cause or type(error).__name__) from None
 
 @contextmanager
@@ -329,8 +346,7 @@ def open_image(raw):
         del image.load  # it holds the image, which holds it: neither would be freed at once
 
 def eight_bits(image):
-    """A grey picture of more than 8 bits (modes I;16, I, F) with its upper 8 bits; any other as it
-    is."""
+    """Of a grey picture of more than 8 bits (modes I;16, I, F) the upper 8; any other as it is."""
     if not image.mode.startswith(("I", "F")):
         return image
     grey = np.asarray(image).astype(np.float64)
@@ -354,9 +370,9 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 def random_box(width, height, scale, rng):
-    """(left, top, right, bottom) of a random part of a picture: `scale` of its area, sides 3:4 to
-    4:3. The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision
-    gave it."""
+    """(left, top, right, bottom) of a random part: `scale` of the area, sides 3:4 to 4:3.
+
+    The augmentation of Inception (Szegedy et al. 2015), with the defaults that torchvision gave it."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -383,7 +399,8 @@ def crops(image, boxes, size):
     enough = 1.5 * size / shortest
     if enough <= 0.5 and image.draft(None, (int(width * enough), int(image.height * enough))):
         boxes = (boxes / round(width / image.width)).round().astype(int)
-    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)[None]                  # (1, 3, H, W)
+    pixels = torch.from_numpy(np.array(to_rgb(image)))        # (H, W, 3)
+    pixels = pixels.permute(2, 0, 1)[None]                    # (1, 3, H, W)
     resized = []
     for left, top, right, bottom in boxes:
         crop = pixels[..., top:bottom, left:right]
@@ -397,8 +414,7 @@ def random_crop(image, config, rng):
     return crops(image, box[None], config.image_size)[0]
 
 def normalize(images):
-    """(..., 3, H, W) uint8 -> float32 on the same device, normalised as by open_clip, to the last
-    bit."""
+    """(..., 3, H, W) uint8 -> float32 on the same device, as open_clip does it, to the last bit."""
     # non_blocking: the CPU does not wait until these few numbers have reached the GPU.
     mean, std = torch.tensor([MEAN, STD])[..., None, None].to(images.device, non_blocking=True)
     return (images.float() / 255 - mean) / std
@@ -423,8 +439,7 @@ def jitter(image, rng):
     return image
 
 def augment(view, rng):
-    """A view (3, H, W) uint8 in other colours, greys, blurred or solarised, with A-CLIP's
-    probabilities."""
+    """A view (3, H, W) uint8 in other colours, grey, blurred or solarised, as often as in A-CLIP."""
     image = Image.fromarray(view.permute(1, 2, 0).numpy())
     if rng.random() < 0.8:
         image = jitter(image, rng)
@@ -437,41 +452,38 @@ def augment(view, rng):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def two_views(image, config, rng):
-    """pixels (3, 3, S, S) uint8: two augmented views and, as it is, the part of the picture around
-    both; boxes (2, 4): where in that part the views lie, left, top, right, bottom in [0, 1]."""
-    boxes = np.stack([random_box(*image.size, config.scale, rng) for _ in range(2)])   # (2, 4)
+    """pixels (3, 3, S, S) uint8: two augmented views and, as it is, the part around both; boxes
+    (2, 4): where in that part the views lie (left, top, right, bottom in [0, 1])."""
+    boxes = np.stack([random_box(*image.size, config.scale, rng) for _ in range(2)])  # (2, 4)
     corner = boxes[:, :2].min(0)
     opposite = boxes[:, 2:].max(0)
     pixels = crops(image, np.vstack([boxes, [*corner, *opposite]]), config.image_size)
     for view in pixels[:2]:
         view.copy_(augment(view, rng))
-    boxes = (boxes.reshape(2, 2, 2) - corner) / (opposite - corner)                    # views, corners, xy
+    boxes = (boxes.reshape(2, 2, 2) - corner) / (opposite - corner)  # views, corners, x and y
     return pixels, torch.from_numpy(boxes).flatten(1).float()
 
 # -----------------------------------------------------------------------------
-# Words. Byte-level BPE (Sennrich et al. 2016) in the dialect of CLIP: a word is its bytes, the
-# last marked with </w>; merges join the pair of symbols that was most frequent in training, in the
-# order learned. Read Tokenizer.encode and skip the rest, unless you want to know how merges are
-# learned.
+# Words: read Tokenizer.encode, skip the rest. Byte-level BPE (Sennrich et al. 2016) in the dialect
+# of CLIP: a word is its bytes, the last marked with </w>; merges join the pair of symbols that was
+# most frequent in training, in the order learned.
 
-# CLIP's printable stand-in for each byte: itself if it shows (! to ~, ¡ to ¬, ® to ÿ), else U+0100
-# and what comes after it.
+# CLIP's printable stand-in for each byte: itself if it shows (! to ~, ¡ to ¬, ® to ÿ), else one of
+# the characters from U+0100 on.
 BYTES = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 for byte in range(256):
     if byte not in BYTES:
         BYTES[byte] = chr(256 + len(BYTES) - 188)  # 188 of them show
 
-# CLIP first repairs a caption by ftfy.fix_text. Of what that does, we do all but one thing: it
-# also guesses which text was once decoded wrongly ("mojibake"). FIXES: code of a character -> what
-# stands in its place.
+# CLIP first repairs a caption by ftfy.fix_text. We do what that does, except for one thing: it also
+# guesses which text was once decoded wrongly ("mojibake"). Code of a character -> what replaces it:
 FIXES = {}
-for code in [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD), 0xFEFF]:
-    FIXES[code] = None  # control characters go, and byte order marks
+for code in [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]:
+    FIXES[code] = None  # control characters go, and other marks that nobody sees
 for code in range(128, 160):  # a control in Latin-1, but a letter or a quote in Windows-1252
     FIXES[code] = bytes([code]).decode("cp1252", "ignore") or chr(code)
 for code in [*map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x3000, *range(0xFF01, 0xFFF0)]:
-    # Several letters in one become letters, and those as wide or narrow as Chinese ones become
-    # plain.
+    # Two letters in one become two, letters of another width (of Chinese fonts) become plain.
     FIXES[code] = unicodedata.normalize("NFKC", chr(code))
 FIXES[ord("ﬅ")] = "ſt"  # NFKC says st
 for quote in "ʼ‘’‚‛":
@@ -491,8 +503,7 @@ WORD = re.compile("|".join([
 MAX_CHARACTERS = 2000  # far more than 77 tokens hold; merging takes the square of a word's length
 
 def split_words(text):
-    """The words of a caption, each a string of byte symbols; the text is fixed, unescaped, in
-    lower case."""
+    """The words of a caption, repaired and in lower case: each a string of byte symbols."""
     before = None
     while text != before:  # a replacement can make room for another one
         before = text
@@ -517,7 +528,7 @@ def count_words(captions):
     return counts
 
 def symbols_of(word):
-    """A word before any merge: a list of byte symbols, the last with the mark of a word's end."""
+    """A word before any merge: a list of byte symbols, the last with the mark of the end."""
     return [*word[:-1], word[-1] + "</w>"]
 
 def merge(symbols, pair):
@@ -533,9 +544,8 @@ def merge(symbols, pair):
     return merged
 
 def most_frequent(heap, pair_count):
-    """Takes the most frequent pair off a heap of (-count, pair), where counts may be too high; or
-    None."""
-    while heap:
+    """Takes the most frequent pair off a heap of (-count, pair); None if that is empty."""
+    while heap:  # a count there may be an old one, too high: then the pair goes back with its new count
         count, pair = heapq.heappop(heap)
         if -count == pair_count[pair]:
             return pair
@@ -543,24 +553,23 @@ def most_frequent(heap, pair_count):
     return None
 
 def learn_merges(captions, num_merges, progress=False):
-    """Up to `num_merges` BPE merges, 'a b' a line: always the most frequent pair, none that occurs
-    once."""
+    """Up to `num_merges` merges, 'a b' a line: always the most frequent pair, none that occurs once."""
     quiet = dict(delay=2, leave=False, disable=not progress)
     counts = count_words(tqdm(captions, "reading captions", **quiet))
     words = [symbols_of(word) for word in counts]
     times = list(counts.values())
-    # To count all pairs anew after each merge would take days. But a merge changes only the words
-    # that hold its pair: we know which these are, and take their pairs out of the counts before it
-    # and back in after.
+    # The plain algorithm counts all pairs anew after each merge: that would take days. But a merge
+    # changes only the words that hold its pair. So we remember which these are, take their pairs
+    # out of the counts before it, and put them back in after it.
     pair_count = Counter()
     holders = defaultdict(set)  # pair -> numbers of the words that hold it, or held it once
     for number, word in enumerate(words):
         for pair in pairwise(word):
             pair_count[pair] += times[number]
             holders[pair].add(number)
-    # Nor do we search all pairs for the largest count: a heap has it on top. Counts that fall are
-    # put right when they come up there, counts that grow at once; of equal counts the first in the
-    # alphabet wins.
+    # Nor do we search all pairs for the largest count, it is on top of a heap. Counts that fall are
+    # put right when they come up there, counts that grow at once. Of equal counts, the pair that is
+    # first in the alphabet wins.
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
     merges = []
@@ -585,8 +594,7 @@ def learn_merges(captions, num_merges, progress=False):
     return "\n".join(merges)
 
 class Tokenizer:
-    """Captions to token ids. Vocabulary: 256 bytes, 256 bytes that end a word, the merges,
-    <start>, <end>."""
+    """Captions to token ids: 256 bytes, 256 bytes that end a word, the merges, <start>, <end>."""
     def __init__(self, merges, context_length=77):
         self.merges = merges
         self.context_length = context_length
@@ -602,14 +610,11 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, context_length=77):
-        """CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something
-        else."""
+        """CLIP's own, bpe_simple_vocab_16e6.txt.gz. ValueError if the file is something else."""
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().splitlines()
-            # A line of version, then the merges: CLIP takes 48,894, which make 49,408 ids with the
-            # others.
-            merges = lines[1:48895]
+            merges = lines[1:48895]  # after a line of version; CLIP takes only so many: 49,408 ids
             if not merges or any(len(line.split()) != 2 for line in merges):
                 raise ValueError("not a list of two symbols a line")
         except Exception as error:  # OSError, EOFError, zlib.error ...
@@ -618,8 +623,7 @@ class Tokenizer:
 
     @lru_cache(200_000)  # web captions never stop bringing new words
     def word_ids(self, word):
-        """The ids of a word of byte symbols: of its pairs, the one learned first is merged, over
-        and over."""
+        """The ids of a word: of its pairs, the one that was learned first is merged, over and over."""
         symbols = symbols_of(word)
         while len(symbols) > 1:
             pair = min(pairwise(symbols), key=lambda pair: self.rank.get(pair, math.inf))
@@ -629,8 +633,7 @@ class Tokenizer:
         return [self.ids[symbol] for symbol in symbols]
 
     def encode(self, captions):
-        """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; cut before <end> if
-        too long."""
+        """(N, T) int64 of str or lists of words: <start>, ids, <end>, zeros; too long ones are cut."""
         tokens = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(tokens, captions):
             words = split_words(caption) if isinstance(caption, str) else caption
@@ -645,19 +648,15 @@ class Tokenizer:
 # Captions of a shard, and how often their words occur.
 
 def read_captions(shard, row):
-    """A list of str, maybe empty: lines of a row's .txt, or its json's "caption". ValueError if
-    damaged."""
+    """A list of str, maybe empty: lines of a .txt or the "caption" of a .json; else ValueError."""
     raw = read_bytes(shard, row["text"], row["text_size"])
-    if row["json"]:
-        try:
+    try:
+        if row["json"]:
             found = json.loads(raw)["caption"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError("no UTF-8 json with a caption") from None
-    else:
-        try:
+        else:
             found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
-        except UnicodeDecodeError:
-            raise ValueError("caption is not UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
     if isinstance(found, str):
         found = found.split("\n")
     if not isinstance(found, list):
@@ -665,17 +664,17 @@ def read_captions(shard, row):
     return [line for line in found if isinstance(line, str) and line.strip()]
 
 def sample_captions(shards, index, limit=100_000):
-    """The captions of up to `limit` samples, evenly spread: what the tokenizer learns its merges
-    from."""
+    """The captions of up to `limit` samples, evenly spread: merges are learned from these."""
     step = max(1, math.ceil(len(index) / limit))
     for row in index[::step]:
         with suppress(ValueError):  # such a sample is counted where it is trained on
             yield from read_captions(shards[row["shard"]], row)
 
 def word_chances(captions, threshold=1e-6, least=5):
-    """{word: its chance to go first, max(0, 1 - sqrt(threshold / its share of all words))}, after
-    CLIPF (Liang and Larson, WACV 2026). Words that occur less than `least` times are left out:
-    they go first."""
+    """{word: its chance to go first}, max(0, 1 - sqrt(threshold / its share of all words)).
+
+    After CLIPF (Liang and Larson, WACV 2026), for --text-tokens. Words that occur less than `least`
+    times are left out: they go before all others."""
     counts = count_words(captions)
     total = counts.total()
     chances = {}
@@ -692,7 +691,7 @@ class Batch(NamedTuple):
     images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
     tokens: torch.Tensor   # (B, T) int64
     decoded: torch.Tensor  # (B,) bool
-    boxes: torch.Tensor    # for --views 2 only, else None
+    boxes: torch.Tensor    # None; not with --views 2
     lost: list             # why samples did not decode, a str each
     fault: str             # what the disk said when it failed: the run has to stop; else ""
 
@@ -707,14 +706,14 @@ def shared(batch):
 
 @dataclass
 class Batches:
-    """batches[number] is a Batch: this rank's share of a step."""
+    """batches[number] is a Batch: this rank's images of one step."""
     config: object
     shards: list           # their paths
     index: np.ndarray      # (N,) of INDEX
     order: np.ndarray      # (steps, B) numbers of samples in the index
     tokenizer: object
     epoch: int
-    chances: dict = None   # of words, for --text-tokens,
+    chances: dict = None   # of words to go, for --text-tokens,
     num_masked: int = 0    # in this many batches from the first on
 
     def __getitem__(self, number):
@@ -726,8 +725,7 @@ class Batches:
         return shared(batch._replace(images=torch.stack(batch.images)))
 
     def load(self, number, see, blank):
-        """A Batch whose images are a list: see(image, config, rng) of each, or `blank` if it does
-        not decode."""
+        """A Batch whose images are a list: of each see(image, config, rng), or `blank` if that fails."""
         config = self.config
         samples = self.order[number]
         images = [blank] * len(samples)
@@ -759,22 +757,21 @@ class Batches:
         return Batch(images, self.tokenizer.encode(words), decoded, None, lost, fault)
 
     def two_view_batch(self, number):
-        """The same for --views 2: images (3, B, 3, H, W), boxes (2, B, 4), both as two_views
-        says."""
+        """The same for --views 2: images (3, B, 3, H, W), boxes (2, B, 4), as two_views has them."""
         size = self.config.image_size
         blank = (torch.zeros(3, 3, size, size, dtype=torch.uint8), torch.zeros(2, 4))
         batch = self.load(number, two_views, blank)
         images, boxes = zip(*batch.images)
-        return shared(batch._replace(images=torch.stack(images, dim=1), boxes=torch.stack(boxes, dim=1)))
+        batch = batch._replace(images=torch.stack(images, dim=1), boxes=torch.stack(boxes, dim=1))
+        return shared(batch)
 
     def shorten(self, words, rng):
-        """The words with the highest `noise - chance`, in order, of --text-tokens tokens at most
-        (CLIPF)."""
+        """The words with the highest `noise - chance`, in order, that fit --text-tokens (CLIPF)."""
         score = rng.random(len(words)) - [self.chances.get(word, 1.0) for word in words]
         order = score.argsort()[::-1]
         sizes = np.array([len(self.tokenizer.word_ids(words[i])) for i in order])
         kept = order[sizes.cumsum() <= self.config.text_tokens]
-        if len(kept) == 0:  # the first is longer than that, in a script without spaces: its beginning stays
+        if len(kept) == 0:  # the first is too long, in a script without spaces: keep its beginning
             return [words[order[0]][:self.config.text_tokens]]
         return [words[i] for i in sorted(kept)]
 
@@ -817,15 +814,26 @@ def list_lines(path):
             yield image, caption
 
 def list_samples(path):
-    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths
-    relative to its folder. Lines of one image that follow each other are one sample. ValueError
-    that names a bad line."""
+    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative
+    to its folder. Lines of one image that follow each other are one sample. ValueError if it fails."""
     for image, lines in groupby(list_lines(path), lambda line: line[0]):
         captions = [caption for _, caption in lines]
-        with open(image, "rb") as file:
-            raw = file.read()
+        try:
+            with open(image, "rb") as file:
+                raw = file.read()
+        except OSError as error:
+            raise ValueError(f"{image}: {error.strerror}") from None
         extension = image.rpartition(".")[2].lower()
         yield {extension: raw, "txt": "\n".join(captions).encode()}
+
+def pack(path, folder):
+    """Makes shards of a list, in a new folder; returns how many."""
+    if os.path.exists(folder) and os.listdir(folder):
+        raise ValueError(f"{folder}: holds shards already, or something else; name another folder")
+    for _ in tqdm(list_lines(path), "checking", unit=" lines"):
+        pass  # a bad line is to be found before hours of work, not after
+    with make_whole(folder) as part:
+        return write_shards(part, tqdm(list_samples(path), "packing", unit=" samples"), 10_000)
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs,
@@ -910,12 +918,11 @@ def draw_shape(shape, center, r, turn):
 
 def pick_objects(rng, split, index):
     """The one or two (colour, shape) pairs of a scene."""
-    if split == "seen":
-        return [SEEN[index % len(SEEN)]]
-    if split == "unseen":
-        return [UNSEEN[index % len(UNSEEN)]]
     if split == "retrieval":
         return [SEEN[i] for i in rng.permutation(len(SEEN))[:2]]
+    if split != "train":
+        classes = SEEN if split == "seen" else UNSEEN
+        return [classes[index % len(classes)]]
     first = rng.integers(len(SEEN))
     second = first + rng.integers(1, len(SEEN))
     objects = [SEEN[first], SEEN[second % len(SEEN)]]
@@ -965,23 +972,25 @@ def demo_sample(split, index):
         return {"jpg": jpeg.getvalue(), "cls": str(label).encode()}
     return {"jpg": jpeg.getvalue(), "txt": caption.encode()}
 
+def draw_split(split, folder):
+    """A split as shards, train, or as a folder of CLIP_benchmark, the others."""
+    bar = tqdm(range(SPLITS[split]), f"drawing demo/{split}", unit=" scenes")
+    samples = (demo_sample(split, index) for index in bar)
+    if split == "train":
+        write_shards(folder, samples)
+        return
+    num_shards = write_shards(f"{folder}/test", samples, name="{}.tar")
+    for name, lines in {"test/nshards.txt": [num_shards], **FILES[split]}.items():
+        with write_whole(f"{folder}/{name}") as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
+
 def make_demo(folder):
-    """Draws the demo data: train/ as shards, the rest as CLIP_benchmark's folders. Nothing if it
-    is there."""
+    """Draws the demo data. Nothing if the folder is there, or another process made it meanwhile."""
     if os.path.isdir(folder):
         return
-    for split, number in SPLITS.items():
-        target = f"{folder}.part/{split}"
-        bar = tqdm(range(number), f"drawing demo/{split}", unit=" scenes")
-        samples = (demo_sample(split, index) for index in bar)
-        if split == "train":
-            write_shards(target, samples)
-            continue
-        num_shards = write_shards(f"{target}/test", samples, name="{}.tar")
-        for name, lines in {"test/nshards.txt": [num_shards], **FILES[split]}.items():
-            with open(f"{target}/{name}", "w") as file:
-                file.writelines(f"{line}\n" for line in lines)
-    os.replace(folder + ".part", folder)  # under its name only when whole
+    with suppress(FileExistsError), make_whole(folder) as part:
+        for split in SPLITS:
+            draw_split(split, f"{part}/{split}")
 
 # -----------------------------------------------------------------------------
 # The commands.
@@ -990,20 +999,17 @@ def main():
     """The commands `pack` and `demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
-    pack.add_argument("captions", help="text file, a sample per line; image paths are relative to its folder")
-    pack.add_argument("out", help="folder for 00000.tar, 00001.tar, ...")
-    demo = commands.add_parser("demo", help="draw the demo data set")
-    demo.add_argument("out", help="folder to make")
+    command = commands.add_parser("pack", help="make shards of a list of `image path <TAB> caption`")
+    command.add_argument("captions", help="text file, a sample per line; paths are relative to its folder")
+    command.add_argument("out", help="new folder for 00000.tar, 00001.tar, ...")
+    command = commands.add_parser("demo", help="draw the demo data set")
+    command.add_argument("out", help="folder to make")
     options = parser.parse_args()
     try:
         if options.command == "demo":
             make_demo(options.out)
             return
-        if glob.glob(os.path.join(glob.escape(options.out), "*.tar")):
-            raise ValueError(f"{options.out}: holds shards already; name another folder")
-        samples = tqdm(list_samples(options.captions), "packing", unit=" samples")
-        num_shards = write_shards(options.out, samples, 10_000)
+        num_shards = pack(options.captions, options.out)
         print(f"wrote {num_shards} shards to {options.out}")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"error: {message(error)}")

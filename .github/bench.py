@@ -164,7 +164,7 @@ def bench_data(options):
             start = time.perf_counter()
             shard = shards[row["shard"]]
             raw = data.read_bytes(shard, row["image"], row["image_size"])
-            caption = data.captions(shard, row)[0]
+            caption = data.read_captions(shard, row)[0]
             read = time.perf_counter()
             with data.open_image(raw) as image:
                 image.load()
@@ -296,7 +296,7 @@ def bench_open_clip(options):
     index, _ = data.build_index([options.shard])
     B = options.batch_size or 16
     if options.what == "step":  # ViT-B/16 in float32, random pixels and real captions
-        captions = [data.captions(options.shard, row)[0] for row in index[:B]]
+        captions = [data.read_captions(options.shard, row)[0] for row in index[:B]]
         tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
         pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
         images = data.normalize(pixels)
