@@ -821,6 +821,66 @@ def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(train, tmp_p
     command("--resume", "--out", tmp_path / "out")
     assert steps < 30 and read_log(tmp_path / "out") == whole
 
+def test_a_request_to_stop_is_heard_from_schedulers_and_closed_terminals():
+    names = {number.name for number in data.STOP_SIGNALS}
+    assert names == {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+
+def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path):
+    whole = train("--model", "demo", out="whole")
+    process = subprocess.Popen(
+        [sys.executable, "clip_pgs.py", *options(tmp_path, "--model", "demo", "--out", tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **ONE_THREAD)
+    process.stdout.close()                                              # as `| head -1` does
+    assert process.wait(timeout=60) == 0 and read_log(tmp_path / "out") == whole
+
+def test_resuming_a_run_that_is_longer_is_refused_and_leaves_its_log(train, tmp_path):
+    before = train("--steps", 4)
+    train("--steps", 2, "--resume", fails="step 4 is done, 2 were asked for")
+    assert read_log(tmp_path / "out") == before
+
+def test_a_resumed_run_says_what_differs(train, tmp_path, capsys):
+    train("--steps", 3)
+    train("--steps", 5, "--lr", 0.1, "--resume")
+    printed = capsys.readouterr().out
+    assert "going on after step 3" in printed and "--lr 0.1 (was 0.001)" in printed
+    train("--steps", 5, "--resume", out="new")
+    assert f"no checkpoint in {tmp_path}/new: a new run" in capsys.readouterr().out
+
+@pytest.mark.parametrize("more", [("--init", "x.pt"), ("--vocab", "x.gz"), ("--vocab-size", 520)], ids=str)
+def test_what_cannot_take_effect_on_a_resumed_run_is_refused(train, more):
+    train("--steps", 2)
+    train(*more, "--steps", 4, "--resume", fails=f"{more[0]}: no effect on a run that goes on")
+
+def test_a_resumed_run_takes_a_new_weight_decay(train, tmp_path):
+    train("--steps", 2)
+    train("--steps", 3, "--weight-decay", 0.7, "--resume")
+    groups = torch.load(tmp_path / "out" / "ckpt.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
+
+def test_ranks_with_other_shards_or_checkpoints_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_pgs, "ranks", lambda: (0, 2))
+    index = np.zeros(3, data.INDEX)
+
+    def other_rank(everyone, mine):
+        everyone[:] = [mine, mine | {"steps done": 21}]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", other_rank)
+    with pytest.raises(ValueError, match="steps done: 21 on rank 1, 0 on rank 0; all machines need the same"):
+        clip_pgs.check_ranks_agree(tiny(), 0, index, "")
+
+@pytest.mark.parametrize("changes", [dict(mask="pgs", unmasked_epochs=1.0), RANGE, FULL], ids=str)
+def test_a_rehearsal_changes_nothing(tmp_path, changes):
+    """The step on whole images that a small card is to refuse at once, not at the end."""
+    draw_shards(tmp_path)
+    config = tiny(data=(f"{tmp_path}/*.tar",), out=str(tmp_path), batch_size=8, workers=0, **changes)
+    run = clip_pgs.prepare(config, {}, torch.device("cpu"))
+    batch = next(iter(clip_pgs.epoch_loader(run, 0, range(5))))
+    state = lambda: torch.cat([x.flatten().double() for module in (run.clip, run.heads, run.ema)
+                               if module is not None for x in module.state_dict().values()])
+    before, noise = state(), torch.get_rng_state()
+    clip_pgs.rehearse(run, batch)
+    assert state().equal(before) and torch.get_rng_state().equal(noise)
+    assert all(p.grad is None for p in run.clip.parameters())
+
 def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
     draw_shards(tmp_path)
     most = 100_000  # bytes in a file: too few for rank 0's checkpoint after step 3, while rank 1 goes on
@@ -1594,7 +1654,7 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
 
 def test_a_checkpoint_of_a_model_without_a_name_is_read_again(tmp_path):
     config = tiny(model=[128, 2, 64, 2, 16], vocab_size=514)
-    checkpoint = {"model": SMALL_CLIP[0].state_dict(), "config": vars(config), "merges": ""}
+    checkpoint = {"model": SMALL_CLIP[0].state_dict(), "config": vars(config) | {"model": clip_pgs.SIZES["tiny"]}, "merges": ""}
     torch.save(checkpoint, tmp_path / "a.pt")
     assert evaluate.load(tmp_path / "a.pt")[2] == config
 
@@ -1624,7 +1684,7 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, 
 def evaluation(tmp_path):
     """evaluation(options): evaluate.py on a checkpoint of SMALL_CLIP, what it writes to x.json."""
     model, _, config = SMALL_CLIP
-    checkpoint = {"model": model.state_dict(), "config": vars(config), "merges": ""}
+    checkpoint = {"model": model.state_dict(), "config": vars(config) | {"model": clip_pgs.SIZES["tiny"]}, "merges": ""}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     path = tmp_path / "x.json"
 
@@ -1701,3 +1761,13 @@ def test_evaluation_works_with_its_output_closed(evaluation, tmp_path, monkeypat
     monkeypatch.setattr(sys, "stderr", None)
     folder = make_folder(tmp_path / "f", labelled(3))
     assert "acc1" in evaluation("--data", folder)[folder]
+
+def test_evaluation_needs_neither_fcntl_nor_pread(tmp_path):
+    model, _, config = SMALL_CLIP
+    checkpoint = {"model": model.state_dict(), "config": vars(config) | {"model": clip_pgs.SIZES["tiny"]}, "merges": ""}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    folder = make_folder(tmp_path / "f", labelled(3))
+    program = "import os, sys; sys.modules['fcntl'] = None; del os.pread; import evaluate; evaluate.main()"
+    arguments = [sys.executable, "-c", program, str(tmp_path / "ckpt.pt"), "--data", folder]
+    run = subprocess.run(arguments, cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0 and "acc1" in run.stdout, run.stderr
