@@ -17,7 +17,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,23 +32,15 @@ import clip_pgs
 import data
 import evaluate
 
-# Training time relative to CLIP's, as the papers report it: Pei et al. 2025 for the masks, Yang et al. 2023
-# for two views.
-PAPERS = {"none": 1.0, "random 0.5": 0.5, "cluster 0.5": 0.6, "pgs 0.5": 0.5, "pgs 0.3 0.5": 0.6,
-          "A-CLIP": 1.16, "A-CLIP, EMA at half size": 0.86}
-ROWS = {"none": dict(mask="none"), **{f"{mask} 0.5": dict(mask=mask) for mask in clip_pgs.MASKS[1:]},
-        "pgs 0.3 0.5": dict(ratio=(0.3, 0.5)), "pgs 0.5, 8 text tokens": dict(text_tokens=8),
-        "attentive 0.5, EMA at half size": dict(mask="attentive", ema_size=112),
-        "pgs 0.5, two views": dict(views=2),
-        "A-CLIP": dict(mask="attentive", views=2, contrast=("simclr", "byol"))}
-ROWS["A-CLIP, EMA at half size"] = ROWS["A-CLIP"] | dict(ema_size=112)
-DRAWS = 6  # masks of an image, to see how much they vary
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
+# -----------------------------------------------------------------------------
+# Tables and clocks.
 
 def markdown(rows):
     """Prints a list of {column: cell} as a Markdown table."""
-    lines = [[*rows[0]], ["---:"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
+    lines = [list(rows[0]), ["---:"] * len(rows[0])]
+    for row in rows:
+        lines.append([str(cell) for cell in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("| " + " | ".join(map(str.rjust, line, widths)) + " |", flush=True)
 
@@ -60,94 +54,217 @@ def timed(device, work):
     return time.perf_counter() - start, result
 
 def peak_memory(device):
-    """GiB held at most since the last call: by a GPU's tensors, else by the process (Linux, else nan)."""
+    """GiB held at most since the last call: by a GPU's tensors, else by the process (Linux, else
+    nan)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 2 ** 30
     if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
-    with open("/proc/self/status") as status, open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # the kernel forgets the highest point when the file is closed, after the return
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2 ** 20  # from kB
+    with open("/proc/self/status") as file:
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))  # in kB
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the kernel forgets the highest point
+    return peak / 2 ** 20
+
+# -----------------------------------------------------------------------------
+# step: what a training step costs under each mask.
+
+# Training time relative to CLIP's, as the papers report it: Pei et al. 2025 for the masks, Yang et
+# al. 2023 for two views.
+PAPERS = {
+    "none": 1.0,
+    "random 0.5": 0.5,
+    "cluster 0.5": 0.6,
+    "pgs 0.5": 0.5,
+    "pgs 0.3 0.5": 0.6,
+    "A-CLIP": 1.16,
+    "A-CLIP, EMA at half size": 0.86}
+A_CLIP = dict(mask="attentive", views=2, contrast=("simclr", "byol"))
+ROWS = {  # what differs from Config's defaults
+    "none": dict(mask="none"),
+    **{f"{mask} 0.5": dict(mask=mask) for mask in clip_pgs.MASKS[1:]},
+    "pgs 0.3 0.5": dict(ratio=(0.3, 0.5)),
+    "pgs 0.5, 8 text tokens": dict(text_tokens=8),
+    "attentive 0.5, EMA at half size": dict(mask="attentive", ema_size=112),
+    "pgs 0.5, two views": dict(views=2),
+    "A-CLIP": A_CLIP,
+    "A-CLIP, EMA at half size": A_CLIP | dict(ema_size=112)}
+PROGRESS = 0.5  # of the run: pixels and embeddings count alike
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16, from NVIDIA's data sheets
+
+class Setting(NamedTuple):
+    """What the training step of a row is called with."""
+    config: clip_pgs.Config
+    clip: clip_pgs.CLIP
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: data.Batch     # on the CPU
+    noise: Any            # on the device, or None
+    ema: Any
+    heads: Any
 
 def made_up_batch(config):
-    """(images, boxes, tokens, decoded) on the CPU: noise of two scales, so that a range of ratios can decide,
-    and captions as long as CC12M's, 25 tokens on average, or text_tokens at most."""
-    B, size, end = config.batch_size * config.accum, config.image_size, config.vocab_size - 1
+    """A Batch on the CPU: noise of two scales, so that a range of ratios can decide, and captions
+    as long as CC12M's, 25 tokens on average, or text_tokens at most."""
+    B = config.batch_size
+    size = config.image_size
+    T = config.context_length
+    end = config.vocab_size - 1
     blobs = F.interpolate(torch.rand(B, 3, 28, 28), (size, size), mode="bicubic")
-    images = (255 * (blobs + 0.3 * torch.rand(B, 3, size, size))).clamp(0, 255).byte()
-    images = images.repeat(config.views + (config.views > 1), 1, 1, 1, 1)
-    lengths = torch.randint(6, 45, (B, 1)).clamp(max=config.context_length)
+    grain = torch.rand(B, 3, size, size)
+    images = (255 * (blobs + 0.3 * grain)).clamp(0, 255).byte()
+    lengths = torch.randint(6, 45, (B, 1)).clamp(max=T)
     if config.text_tokens:
         lengths = lengths.clamp(max=config.text_tokens + 2)
-    place, tokens = torch.arange(config.context_length), torch.randint(1, end, (B, config.context_length))
-    tokens = tokens.where(place < lengths - 1, 0).where(place != lengths - 1, end)
-    boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])[:config.views, None].repeat(1, B, 1)
-    batch = images, boxes, tokens, torch.ones(B, dtype=torch.bool)
-    return tuple(x.pin_memory() for x in batch) if torch.cuda.is_available() else batch
+    place = torch.arange(T)
+    tokens = torch.randint(1, end, (B, T))
+    tokens = tokens.where(place < lengths, 0)
+    tokens = tokens.where(place != lengths - 1, end)
+    decoded = torch.ones(B, dtype=torch.bool)
+    boxes = None
+    if config.views == 2:
+        images = images.repeat(3, 1, 1, 1, 1)                            # (3, B, 3, H, W)
+        boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])
+        boxes = boxes[:, None].repeat(1, B, 1)                           # (2, B, 4)
+    if torch.cuda.is_available():
+        images = images.pin_memory()
+        tokens = tokens.pin_memory()
+        decoded = decoded.pin_memory()
+        boxes = boxes if boxes is None else boxes.pin_memory()
+    return data.Batch(images, tokens, decoded, boxes, lost=[], fault="")
+
+def make_settings(base, names, device):
+    """{name: Setting} of the rows `names`. They share one model: at learning rate 0 it stays as it
+    is."""
+    clip, *_ = clip_pgs.build(base, {}, device)
+    teacher = copy.deepcopy(clip.visual)
+    all_heads = clip_pgs.Heads(replace(base, contrast=A_CLIP["contrast"])).to(device)
+    of_clip = clip_pgs.make_optimizer(base, clip)
+    of_both = clip_pgs.make_optimizer(base, clip, all_heads)
+    settings = {}
+    for name in names:
+        config = replace(base, **ROWS[name])
+        torch.manual_seed(0)
+        batch = made_up_batch(config)
+        model = clip_pgs.TwoViews(clip) if config.views == 2 else clip
+        ema = teacher if config.mask == "attentive" or config.contrast else None
+        heads = all_heads if config.contrast else None
+        optimizer = of_both if config.contrast else of_clip
+        noise = None
+        if config.mask != "none":
+            noise = clip_pgs.step_noise(config, 0, config.batch_size * config.views, device)
+        settings[name] = Setting(config, clip, model, optimizer, batch, noise, ema, heads)
+    return settings
+
+def run_step(setting):
+    """The numbers of a training step."""
+    config, clip, model, optimizer, batch, noise, ema, heads = setting
+    if config.views == 2:
+        numbers, _, _ = clip_pgs.two_view_step(config, clip, model, optimizer, batch, noise, PROGRESS,
+                                               ema, heads)
+    else:
+        numbers, _, _ = clip_pgs.train_step(config, clip, model, optimizer, batch, noise, PROGRESS, ema)
+    return numbers
+
+def pixels_of(setting, device):
+    """The images of a batch as a step has them on the device: float, normalised, views second."""
+    images = data.normalize(setting.batch.images.to(device))
+    return images if setting.config.views == 1 else images.transpose(0, 1)
+
+def choose(setting, images):
+    """keep, valid for all views: the part of a step that chooses patches, and nothing else."""
+    config, clip, _, _, batch, noise, ema, _ = setting
+    with clip_pgs.autocast(config, images.device):
+        if config.views == 1:
+            return clip_pgs.choose_patches(config, clip.visual, ema, images, noise, PROGRESS)
+        noise = noise.unflatten(0, (-1, 2))                              # (B, 2, 2, L)
+        keep, valid, _ = clip_pgs.choose_patches_of_views(config, clip.visual, ema, images, batch.boxes,
+                                                          noise, PROGRESS)
+        return keep, valid
+
+def count_flops(setting, device):
+    """Floating-point operations of a step's towers; the backward pass costs about two forward
+    passes."""
+    images = pixels_of(setting, device)
+    keep, valid = choose(setting, images)
+    if setting.config.views == 2:
+        images = images[:, :2]                                           # without the whole around them
+    counter = FlopCounterMode(display=False)
+    eager = torch.compiler.set_stance("force_eager")
+    with counter, eager, torch.no_grad(), clip_pgs.autocast(setting.config, device):
+        setting.model(images, setting.batch.tokens, keep, valid)
+    return 3 * counter.get_total_flops()
 
 def bench_step(options):
-    """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU FLOP/s."""
+    """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU
+    FLOP/s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size,
                            lr=0.0, batch_size=options.batch_size or (512 if on_gpu else 16),
-                           compile=options.compile, grad_checkpointing=options.grad_checkpointing,
+                           compile=options.compile,
                            precision=options.precision or ("bf16" if on_gpu else "fp32"))
-    chosen = {name: replace(base, **changes) for name, changes in ROWS.items()
-              if not options.rows or name in options.rows or name == "none"}
-    clip, model, *_ = clip_pgs.build(base, {}, device)  # for all rows: at learning rate 0 it stays
-    teacher = copy.deepcopy(clip.visual)
-    all_heads = clip_pgs.Heads(replace(base, contrast=("simclr", "byol"))).to(device)
-    of_clip, of_both = clip_pgs.make_optimizer(base, clip), clip_pgs.make_optimizer(base, clip, all_heads)
-    seconds, memory, kept, flops, batches = {name: [] for name in chosen}, {}, {}, {}, {}
-    for name, config in chosen.items():
-        torch.manual_seed(0)
-        batches[name] = made_up_batch(config)
-    rounds, warmup, alpha = options.rounds or (20 if on_gpu else 3), 3 if on_gpu else 1, 0.5
-    turns = [(number, name) for number in range(-warmup, rounds) for name in chosen]
+    names = [name for name in ROWS if not options.rows or name in options.rows or name == "none"]
+    settings = make_settings(base, names, device)
+    rounds = options.rounds or (20 if on_gpu else 3)
+    warmup = 3 if on_gpu else 1
+    seconds = {name: [] for name in names}
+    memory = {}
+    kept = {}
+    flops = {}
+    turns = [(number, name) for number in range(-warmup, rounds) for name in names]
     for number, name in tqdm(turns, "bench", unit=" steps", leave=False):
-        config, (images, boxes, tokens, decoded) = chosen[name], batches[name]
-        ema = teacher if config.mask == "attentive" or config.contrast else None
-        heads, optimizer = (all_heads, of_both) if config.contrast else (None, of_clip)
-        noise = None if config.mask == "none" else clip_pgs.step_noise(config, 0, images.shape[1], device)
+        setting = settings[name]
         peak_memory(device)
-        step, (numbers, keep, valid) = timed(device, lambda: clip_pgs.train_step(
-            config, model, optimizer, ema, heads, images, boxes, tokens, decoded, noise, alpha))
-        memory[name], kept[name] = peak_memory(device), float(numbers["kept"])
-        there, there_boxes = images.to(device), boxes.to(device)
-
-        def mask():
-            attention = clip_pgs.teach(config, ema, there, there_boxes)[0] if ema else None
-            if noise is not None:
-                clip_pgs.batch_masks(config, clip.visual, attention, there[:config.views], noise, alpha)
-
-        in_mask, _ = timed(device, mask)
+        step, numbers = timed(device, lambda: run_step(setting))
+        memory[name] = peak_memory(device)
+        kept[name] = float(numbers["kept"])
+        images = pixels_of(setting, device)
+        in_mask, _ = timed(device, lambda: choose(setting, images))
+        del images  # before the next step's memory is measured
         if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
-            with (FlopCounterMode(display=False) as counter, torch.no_grad(),
-                  clip_pgs.autocast(config, device), torch.compiler.set_stance("force_eager")):
-                clip(data.normalize(there[:config.views].flatten(0, 1)), tokens,
-                     *(x if x is None else x.flatten(0, 1) for x in (keep, valid)))
-            flops[name] = 3 * counter.get_total_flops()  # the backward pass costs about two forward passes
+            flops[name] = count_flops(setting, device)
         if number >= 0:
             seconds[name].append((step, in_mask))
     card = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
     print(f"{base.model} at {base.image_size}, {base.batch_size} images, {base.precision}, {rounds} rounds"
-          f"{', compiled' * base.compile}{', checkpointing' * base.grad_checkpointing}, "
-          f"PyTorch {torch.__version__}, {card}")
-    table, none = [], np.median(seconds["none"], axis=0)[0]
-    for name in chosen:
+          f"{', compiled' if base.compile else ''}, PyTorch {torch.__version__}, {card}")
+    peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in card), math.nan)
+    none, _ = np.median(seconds["none"], axis=0)
+    table = []
+    for name in names:
         step, in_mask = np.median(seconds[name], axis=0)
         cells = {"mask": name, "kept": f"{kept[name]:.2f}", "images/s": f"{base.batch_size / step:.1f}",
                  "time": f"{step / none:.2f}", "papers": PAPERS.get(name, ""),
                  "in mask": f"{in_mask / step:.1%}", "GiB": f"{memory[name]:.1f}"}
         if on_gpu:
-            peak = next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in card), math.nan)
             tflops = flops[name] / step / 1e12
-            cells |= {"TFLOP/s": f"{tflops:.0f}", "MFU": f"{tflops / peak:.1%}"}
+            cells["TFLOP/s"] = f"{tflops:.0f}"
+            cells["MFU"] = f"{tflops / peak:.1%}"
         table.append(cells)
     markdown(table)
+
+# -----------------------------------------------------------------------------
+# data: how many images one core prepares.
+
+def time_stages(shard, row, size, tokenizer, rng):
+    """Counter of the seconds that each stage takes for one sample."""
+    start = time.perf_counter()
+    raw = data.read_bytes(shard, row["image"], row["image_size"])
+    caption = data.read_captions(shard, row)[0]
+    read = time.perf_counter()
+    with data.open_image(raw) as image:
+        image.load()
+    decoded = time.perf_counter()
+    box = data.random_box(*image.size, (0.9, 1.0), rng)
+    data.crops(image, box[None], size)
+    augmented = time.perf_counter()
+    tokenizer.encode([caption])
+    tokenised = time.perf_counter()
+    return Counter({"read": read - start, "decode": decoded - read, "augment": augmented - decoded,
+                    "tokenise": tokenised - augmented})
 
 def bench_data(options):
     """Prints how many images one core reads, decodes, augments and tokenises a second."""
@@ -156,60 +273,69 @@ def bench_data(options):
     index, _ = data.build_index(shards)
     rows = index[::max(1, math.ceil(len(index) / 512))]
     merges = data.learn_merges(data.sample_captions(shards, index), 49408 - 514)
-    print(f"{len(rows)} samples, {merges.count(chr(10)) + 1} merges, crops of {options.image_size} pixels")
-    order, rng, seconds = np.arange(len(rows))[None], np.random.default_rng(0), defaultdict(list)
+    num_merges = len(merges.splitlines())
+    print(f"{len(rows)} samples, {num_merges} merges, crops of {options.image_size} pixels")
+    config = clip_pgs.Config(image_size=options.image_size)
+    order = np.arange(len(rows))[None]
+    rng = np.random.default_rng(0)
+    seconds = defaultdict(list)
     for number in range(4):  # the first pass may meet a cold disk
-        tokenizer, spent = data.Tokenizer(merges), Counter()  # one that has no word in its cache
+        tokenizer = data.Tokenizer(merges)  # one that has no word in its cache
+        spent = Counter()
         for row in rows:
-            start = time.perf_counter()
-            shard = shards[row["shard"]]
-            raw = data.read_bytes(shard, row["image"], row["image_size"])
-            caption = data.read_captions(shard, row)[0]
-            read = time.perf_counter()
-            with data.open_image(raw) as image:
-                image.load()
-            decoded = time.perf_counter()
-            data.crops(image, data.random_box(*image.size, (0.9, 1.0), rng)[None], options.image_size)
-            augmented = time.perf_counter()
-            tokenizer.encode([caption])
-            spent += Counter(read=read - start, decode=decoded - read, augment=augmented - decoded,
-                             tokenise=time.perf_counter() - augmented)
+            spent += time_stages(shards[row["shard"]], row, options.image_size, tokenizer, rng)
+        batches = data.Batches(config, shards, rows, order, data.Tokenizer(merges), epoch=0)
         start = time.perf_counter()
-        config = clip_pgs.Config(image_size=options.image_size)
-        data.Batches(config, shards, rows, order, data.Tokenizer(merges), epoch=0)[0]
-        for stage, time_spent in (spent | {"together": time.perf_counter() - start}).items():
-            seconds[stage] += [time_spent] if number else []
-    each = {stage: np.median(times) / len(rows) for stage, times in seconds.items()}
-    markdown([{"stage": stage, "images/s per core": f"{1 / mean:.0f}", "ms per image": f"{1000 * mean:.3f}"}
-              for stage, mean in each.items()])
+        batches[0]
+        spent["together"] = time.perf_counter() - start
+        if number == 0:
+            continue
+        for stage, time_spent in spent.items():
+            seconds[stage].append(time_spent)
+    table = []
+    for stage, times in seconds.items():
+        each = np.median(times) / len(rows)
+        table.append({"stage": stage, "images/s per core": f"{1 / each:.0f}",
+                      "ms per image": f"{1000 * each:.3f}"})
+    markdown(table)
+
+# -----------------------------------------------------------------------------
+# masks: what each part of a mask changes.
+
+DRAWS = 6  # masks of an image, to see how much they vary
 
 def bench_masks(options):
-    """Prints what the parts of each mask change on photographs of the shards, and how much a mask varies.
-    --json FILE keeps {number of patches: {mask: share of the removed patches that differ between two draws}}
-    for study.py's table."""
+    """Prints what the parts of each mask change on photographs of the shards, and how much a mask
+    varies. --json FILE keeps {number of patches: {mask: share of the removed patches that differ
+    between two draws}} for study.py's table."""
     shards = data.expand(options.shards)
-    config = clip_pgs.Config(image_size=options.image_size, patch_size=options.patch_size)
+    P = options.patch_size
+    config = clip_pgs.Config(image_size=options.image_size, patch_size=P)
     index, _ = data.build_index(shards)
     index = index[::max(1, len(index) // options.images)][:options.images]
-    samples = [evaluate.Sample(shards[row["shard"]], row["image"], row["image_size"]) for row in index]
-    pictures = [evaluate.read_image(sample, options.image_size) for sample in samples]
-    images = data.normalize(torch.stack(pictures))
+    pictures = []
+    for row in index:
+        sample = evaluate.Sample(shards[row["shard"]], row["image"], row["image_size"])
+        pictures.append(evaluate.read_image(sample, options.image_size))
+    images = data.normalize(torch.stack(pictures))                       # (B, 3, H, W)
+    B = len(images)
     torch.manual_seed(0)
     visual = clip_pgs.CLIP(config).visual
-    edges = clip_pgs.sobel_edges(images, options.patch_size)
+    edges = clip_pgs.sobel_edges(images, P)                              # (B, L)
     L = edges.shape[1]
-    noises = torch.rand(DRAWS, len(images), 2, L, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noises = torch.rand(DRAWS, B, 2, L, generator=generator)
     with torch.no_grad():
         embeddings = visual.patch_tokens(images)
-        attention = clip_pgs.class_attention(visual, images)[0]
+        attention, _ = clip_pgs.class_attention(visual, images)
 
     def removed(mask, noise, **changes):
-        given = dict(patch_size=options.patch_size, attention=attention) | changes
+        given = dict(patch_size=P, attention=attention) | changes
         keep, _ = clip_pgs.make_mask(mask, images, (0.5,), noise=noise, **given)
-        return torch.ones(len(images), L).scatter(1, keep, 0.0)
+        return torch.ones(B, L).scatter(1, keep, 0.0)
 
     mixed = dict(alpha=0.5, embeddings=embeddings)
-    rows = {mask: (mask, {}, None) for mask in clip_pgs.MASKS[1:]}
+    rows = {mask: (mask, {}, None) for mask in clip_pgs.MASKS[1:]}  # mask, what it is given, against what
     rows["pgs --no-edges"] = ("pgs", dict(edges=False), {})
     rows["pgs --no-transport"] = ("pgs", dict(transport=False), {})
     rows["pgs, alpha 0.5"] = ("pgs", mixed, None)
@@ -229,17 +355,16 @@ def bench_masks(options):
         shares[name] = round(differ / draws[0].sum(1).mean().item(), 3)
         table.append({"mask": name, "patches changed": changed, "differ between two draws": f"{differ:.1f}",
                       f"same fate in {DRAWS} draws": f"{same_fate:.0%}", "edges kept": f"{edges_kept:.2f}"})
-    print(f"{len(images)} photographs, {round(0.5 * L)} of {L} patches removed, ViT-B-16 with random weights")
+    print(f"{B} photographs, {round(0.5 * L)} of {L} patches removed, ViT-B-16 with random weights")
     markdown(table)
-    scores = []
-    original = clip_pgs.pgs_score
-    clip_pgs.pgs_score = lambda *given: scores.append(original(*given)) or scores[-1]
-    keep, valid = clip_pgs.make_mask("pgs", images, (0.3, 0.5), noise=noises[0], patch_size=options.patch_size)
-    clip_pgs.pgs_score = original
-    similar = (scores[0] > clip_pgs.SIMILAR).double().mean(1)
+    candidates = clip_pgs.pgs_candidates(edges, noises[0][:, 0])
+    score = clip_pgs.pgs_score(clip_pgs.patch_similarity(images, P), candidates)
+    similar = (score > clip_pgs.SIMILAR).double().mean(1)                # (B,)
     low, high = similar.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
+    _, valid = clip_pgs.make_mask("pgs", images, (0.3, 0.5), noise=noises[0], patch_size=P)
+    removed_share = 1 - valid.sum(1).div(L).mean()
     print(f"similar to a candidate of pgs: {similar.mean():.2f} of the patches; 10 % of the images below "
-          f"{low:.2f}, 10 % above {high:.2f}; --ratio 0.3 0.5 removes {1 - valid.sum(1).div(L).mean():.3f}")
+          f"{low:.2f}, 10 % above {high:.2f}; --ratio 0.3 0.5 removes {removed_share:.3f}")
     if options.json:
         known = {}
         if os.path.exists(options.json):
@@ -248,109 +373,161 @@ def bench_masks(options):
         with open(options.json, "w") as file:
             json.dump(known | {str(L): shares}, file, indent=1)
 
+# -----------------------------------------------------------------------------
+# open_clip: the same work by the library that most people train CLIP with.
+
+LR = 5e-4  # open_clip's, for both
+
 def in_turns(contestants, rounds):
     """{name: median seconds} of functions called one after the other, again and again."""
     seconds = {name: [] for name in contestants}
-    for number in range(rounds + 1):  # the first round is warm-up
+    for number in range(rounds + 1):
         for name, work in contestants.items():
             start = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start)
-    return {name: np.median(times[1:]) for name, times in seconds.items()}
+    return {name: np.median(times[1:]) for name, times in seconds.items()}  # the first round is warm-up
 
-def their_step(patch_dropout, images, tokens):
-    """A function that makes one training step as open_clip's main program does."""
+def their_step(patch_dropout, weights=None):
+    """A function that makes a training step of images and tokens as open_clip's main program does,
+    and returns the loss. It starts from weights, if there are any."""
     import open_clip
     model = open_clip.create_model("ViT-B-16", force_patch_dropout=patch_dropout)
-    exclude = [p for name, p in model.named_parameters()
-               if p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))]
-    known = {id(p) for p in exclude}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    groups = [{"params": exclude, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}]
-    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
-    loss = open_clip.ClipLoss()
+    if weights:
+        model.load_state_dict(weights)
+    decayed = []
+    others = []
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale")):
+            others.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
+    loss_of = open_clip.ClipLoss()
 
-    def step():
+    def step(images, tokens):
         optimizer.zero_grad()
-        loss(*model(images, tokens)).backward()
+        loss = loss_of(*model(images, tokens))
+        loss.backward()
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, 4.6052)
+            model.logit_scale.clamp_(0, math.log(100))
+        return loss.item()
     return step
 
-def our_step(mask, pixels, tokens):
-    """The same with this project's training step, mask included."""
-    config = clip_pgs.Config(mask=mask, batch_size=len(tokens))
-    clip, model, optimizer, ema, heads = clip_pgs.build(config, {}, torch.device("cpu"))
-    noise, boxes = None if mask == "none" else torch.rand(1, len(tokens), 2, 196), torch.zeros(1, len(tokens), 4)
-    decoded = torch.ones(len(tokens), dtype=torch.bool)
-    return lambda: clip_pgs.train_step(config, model, optimizer, ema, heads, pixels[None], boxes, tokens,
-                                       decoded, noise, 0.5)
+def our_step(mask):
+    """(function, clip): the same with this project's training step, mask included, of pixels as
+    bytes; and the model, which starts from new weights."""
+    config = clip_pgs.Config(mask=mask, lr=LR)
+    clip, model, optimizer, ema, _ = clip_pgs.build(config, {}, torch.device("cpu"))
 
-def bench_open_clip(options):
-    """Prints our images/s, open_clip's and their ratio, for a training step or for the data pipeline."""
+    def step(pixels, tokens):
+        B = len(tokens)
+        noise = None if mask == "none" else torch.rand(B, 2, 196)
+        decoded = torch.ones(B, dtype=torch.bool)
+        batch = data.Batch(pixels, tokens, decoded, boxes=None, lost=[], fault="")
+        numbers, _, _ = clip_pgs.train_step(config, clip, model, optimizer, batch, noise, PROGRESS, ema)
+        return numbers["loss"].item()
+    return step, clip
+
+def compare_steps(options):
+    """Prints our images/s, open_clip's and their ratio for a training step of ViT-B/16 in float32,
+    on random pixels and real captions."""
+    import open_clip
+    index, _ = data.build_index([options.shard])
+    B = options.batch_size or 16
+    captions = [data.read_captions(options.shard, row)[0] for row in index[:B]]
+    tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
+    pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
+    images = data.normalize(pixels)
+    contestants = {}
+    against = {"none": "open_clip", "random": "open_clip, patch dropout 0.5",
+               "pgs": "open_clip, patch dropout 0.5"}
+    for name, patch_dropout in (("open_clip", 0.0), ("open_clip, patch dropout 0.5", 0.5)):
+        contestants[name] = partial(their_step(patch_dropout), images, tokens)
+    for mask in against:
+        step, _ = our_step(mask)
+        contestants[mask] = partial(step, pixels, tokens)
+    seconds = in_turns(contestants, options.rounds or 5)
+    for mask, name in against.items():
+        print(f"{mask}: {B / seconds[mask]:.2f} images/s, {name}: {B / seconds[name]:.2f} images/s, "
+              f"{seconds[name] / seconds[mask]:.2f} x")
+
+def compare_data(options):
+    """Prints our images/s, open_clip's and their ratio for the data pipeline, in one thread."""
     import logging
 
     import open_clip
     from open_clip_train.data import get_wds_dataset
-    index, _ = data.build_index([options.shard])
-    B = options.batch_size or 16
-    if options.what == "step":  # ViT-B/16 in float32, random pixels and real captions
-        captions = [data.read_captions(options.shard, row)[0] for row in index[:B]]
-        tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
-        pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
-        images = data.normalize(pixels)
-        ours = {mask: our_step(mask, pixels, tokens) for mask in ("none", "random", "pgs")}
-        theirs = {"open_clip": their_step(0.0, images, tokens),
-                  "open_clip, patch dropout 0.5": their_step(0.5, images, tokens)}
-        seconds = in_turns(theirs | ours, options.rounds or 5)
-        for name in ours:
-            base = list(theirs)[name != "none"]
-            print(f"{name}: {B / seconds[name]:.2f} images/s, {base}: {B / seconds[base]:.2f} images/s, "
-                  f"{seconds[base] / seconds[name]:.2f} x")
-        return
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
-    order = data.epoch_order(index, 0, 0)[:len(index) // B * B].reshape(-1, B)
+    index, _ = data.build_index([options.shard])
+    B = options.batch_size or 16
+    order = data.epoch_order(index, 0, 0)
+    order = order[:len(index) // B * B].reshape(-1, B)
     tokenizer = data.Tokenizer.from_file(options.vocab)
     ours = data.Batches(clip_pgs.Config(), [options.shard], index, order, tokenizer, epoch=0)
-    theirs = get_wds_dataset(
-        SimpleNamespace(train_data=options.shard, train_num_samples=order.size,
-                        train_data_upsampling_factors=None, seed=0, workers=0, world_size=1, batch_size=B),
-        open_clip.image_transform(224, is_train=True, aug_cfg={"scale": (0.9, 1.0)}), is_train=True,
-        tokenizer=open_clip.get_tokenizer("ViT-B-16")).dataloader
-    seconds = in_turns({"open_clip": lambda: [None for _ in theirs],
-                        "ours": lambda: [ours[number] for number in range(len(order))]}, options.rounds or 5)
+    given = SimpleNamespace(train_data=options.shard, train_num_samples=order.size,
+                            train_data_upsampling_factors=None, seed=0, workers=0, world_size=1, batch_size=B)
+    transform = open_clip.image_transform(224, is_train=True, aug_cfg={"scale": (0.9, 1.0)})
+    theirs = get_wds_dataset(given, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-16"))
+
+    def read_ours():
+        for number in range(len(order)):
+            ours[number]
+
+    def read_theirs():
+        for _ in theirs.dataloader:
+            pass
+
+    seconds = in_turns({"open_clip": read_theirs, "ours": read_ours}, options.rounds or 5)
     print(f"{order.size} images, one thread: ours {order.size / seconds['ours']:.0f} images/s, open_clip "
           f"{order.size / seconds['open_clip']:.0f} images/s, {seconds['open_clip'] / seconds['ours']:.2f} x")
 
+def bench_open_clip(options):
+    """Compares a training step or the data pipeline with open_clip's."""
+    if options.what == "step":
+        compare_steps(options)
+    else:
+        compare_data(options)
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-commands = parser.add_subparsers(dest="command", required=True)
-step = commands.add_parser("step")
-step.add_argument("--model", default="ViT-B-16")
-step.add_argument("--image-size", type=int, default=224)
-step.add_argument("--patch-size", type=int, default=16)
-step.add_argument("--precision", default="")
-step.add_argument("--rows", nargs="+", default=(), help=f"some of: {', '.join(ROWS)}; beside none")
-step.add_argument("--compile", action="store_true")
-step.add_argument("--grad-checkpointing", action="store_true")
-timing = commands.add_parser("data")
-timing.add_argument("shards", nargs="+")
-timing.add_argument("--image-size", type=int, default=224)
-masks = commands.add_parser("masks")
-masks.add_argument("shards", nargs="+")
-masks.add_argument("--images", type=int, default=128)
-masks.add_argument("--image-size", type=int, default=224)
-masks.add_argument("--patch-size", type=int, default=16)
-masks.add_argument("--json", default="")
-against = commands.add_parser("open_clip")
-against.add_argument("what", choices=("step", "data"))
-against.add_argument("shard")
-against.add_argument("--vocab")
-for command in (step, against):
-    command.add_argument("--batch-size", type=int, default=0)
-    command.add_argument("--rounds", type=int, default=0)
-options = parser.parse_args()
-benches = {"step": bench_step, "data": bench_data, "masks": bench_masks, "open_clip": bench_open_clip}
-benches[options.command](options)
+# -----------------------------------------------------------------------------
+# The commands.
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step")
+    step.add_argument("--model", default="ViT-B-16")
+    step.add_argument("--image-size", type=int, default=224)
+    step.add_argument("--patch-size", type=int, default=16)
+    step.add_argument("--precision", default="")
+    step.add_argument("--rows", nargs="+", default=(), help=f"some of: {', '.join(ROWS)}; beside none")
+    step.add_argument("--compile", action="store_true")
+    timing = commands.add_parser("data")
+    timing.add_argument("shards", nargs="+")
+    timing.add_argument("--image-size", type=int, default=224)
+    masks = commands.add_parser("masks")
+    masks.add_argument("shards", nargs="+")
+    masks.add_argument("--images", type=int, default=128)
+    masks.add_argument("--image-size", type=int, default=224)
+    masks.add_argument("--patch-size", type=int, default=16)
+    masks.add_argument("--json", default="")
+    against = commands.add_parser("open_clip")
+    against.add_argument("what", choices=("step", "data"))
+    against.add_argument("shard")
+    against.add_argument("--vocab")
+    for command in (step, against):
+        command.add_argument("--batch-size", type=int, default=0)
+        command.add_argument("--rounds", type=int, default=0)
+    step.set_defaults(bench=bench_step)
+    timing.set_defaults(bench=bench_data)
+    masks.set_defaults(bench=bench_masks)
+    against.set_defaults(bench=bench_open_clip)
+    options = parser.parse_args()
+    options.bench(options)
+
+if __name__ == "__main__":
+    main()
