@@ -169,28 +169,28 @@ def run_step(setting):
     return numbers
 
 def pixels_of(setting, device):
-    """The images of a batch as a step has them on the device: float, normalised, views second."""
+    """What a step has on the device: images (B, 3, H, W), None; or views (2B, 3, H, W), wholes (B, 3, H, W)."""
     images = data.normalize(setting.batch.images.to(device))
-    return images if setting.config.views == 1 else images.transpose(0, 1)
+    if setting.config.views == 1:
+        return images, None
+    return images[:2].transpose(0, 1).flatten(0, 1), images[2]
 
-def choose(setting, images):
+def choose(setting, images, wholes):
     """keep, valid for all views: the part of a step that chooses patches, and nothing else."""
     config, clip, _, _, batch, noise, ema, _ = setting
     with clip_pgs.autocast(config, images.device):
         if config.views == 1:
             return clip_pgs.choose_patches(config, clip.visual, ema, images, noise, PROGRESS)
-        noise = noise.unflatten(0, (-1, 2))                              # (B, 2, 2, L)
-        keep, valid, _ = clip_pgs.choose_patches_of_views(config, clip.visual, ema, images, batch.boxes,
+        boxes = batch.boxes.to(images.device).transpose(0, 1).flatten(0, 1)
+        keep, valid, _ = clip_pgs.choose_patches_of_views(config, clip.visual, ema, images, wholes, boxes,
                                                           noise, PROGRESS)
         return keep, valid
 
 def count_flops(setting, device):
     """Floating-point operations of a step's towers; the backward pass costs about two forward
     passes."""
-    images = pixels_of(setting, device)
-    keep, valid = choose(setting, images)
-    if setting.config.views == 2:
-        images = images[:, :2]                                           # without the whole around them
+    images, wholes = pixels_of(setting, device)
+    keep, valid = choose(setting, images, wholes)
     counter = FlopCounterMode(display=False)
     eager = torch.compiler.set_stance("force_eager")
     with counter, eager, torch.no_grad(), clip_pgs.autocast(setting.config, device):
@@ -221,9 +221,9 @@ def bench_step(options):
         step, numbers = timed(device, lambda: run_step(setting))
         memory[name] = peak_memory(device)
         kept[name] = float(numbers["kept"])
-        images = pixels_of(setting, device)
-        in_mask, _ = timed(device, lambda: choose(setting, images))
-        del images  # before the next step's memory is measured
+        images, wholes = pixels_of(setting, device)
+        in_mask, _ = timed(device, lambda: choose(setting, images, wholes))
+        del images, wholes  # before the next step's memory is measured
         if number == -warmup and on_gpu:  # the counter does not know a CPU's attention
             flops[name] = count_flops(setting, device)
         if number >= 0:
