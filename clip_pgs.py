@@ -1114,9 +1114,9 @@ def check_ranks_agree(config, step, index, merges):
     _, world_size = ranks()
     if world_size == 1:
         return
-    mine = asdict(config) | {"steps done": step, "samples": len(index), "data": data_sum(index),
-                             "merges": zlib.crc32(merges.encode())}
-    for name in ("val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
+    mine = {"steps done": step, "samples": len(index), "checksum of the samples": data_sum(index),
+            "checksum of the merges": zlib.crc32(merges.encode())} | asdict(config)
+    for name in ("data", "val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
         del mine[name]
     everyone = [None] * world_size
     dist.all_gather_object(everyone, mine)
