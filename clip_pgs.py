@@ -1398,6 +1398,8 @@ def train(config, state, device):
             stop(run)
         if results:
             log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+        if run.step < run.total_steps and over_ranks([len(requests)], run.device)[0]:
+            stop(run)
         if rank > 0:
             continue
         if results or losses:
