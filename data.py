@@ -824,8 +824,9 @@ def list_samples(path):
 
 def pack(path, folder):
     """Makes shards of a list, in a new folder; returns how many."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"{folder}: holds shards already, or something else; name another folder")
+    if os.path.exists(folder):  # an empty one makes room for ours, unless it is a disk or where we are
+        if os.listdir(folder) or os.path.ismount(folder) or os.path.samefile(folder, "."):
+            raise ValueError(f"{folder}: holds shards already, or is in use; name a new folder")
     for _ in tqdm(list_lines(path), "checking", unit=" lines"):
         pass  # a bad line is to be found before hours of work, not after
     with make_whole(folder) as part:
