@@ -315,11 +315,16 @@ def read_bytes(path, offset, size):
 MAX_PIXELS = 2 ** 26  # 67 million; a larger picture in a small file is an attack on memory, not a photograph
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which warns first
 Image.init()  # fills Image.OPEN
-# Texts and colour profiles in a PNG do not change its pixels; yet Pillow unpacks them, and refuses a
-# picture with large ones. What it has no method for, it passes over.
-for chunk in ("tEXt", "zTXt", "iTXt", "iCCP"):
-    delattr(PngImagePlugin.PngStream, f"chunk_{chunk}")
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN]
+
+def pass_over(png, position, length):
+    """Reads a chunk of a PNG for its checksum alone."""
+    return png.fp.read(length)
+
+# Texts and colour profiles do not change the pixels of a PNG. Yet Pillow unpacks them all, and refuses
+# the picture if they are large.
+for kind in ("tEXt", "zTXt", "iTXt", "iCCP"):
+    setattr(PngImagePlugin.PngStream, f"chunk_{kind}", pass_over)
 
 @contextmanager
 def pillow_errors():
@@ -353,7 +358,7 @@ def eight_bits(image):
     """Of a grey picture of more than 8 bits (modes I;16, I, F) the upper 8; any other as it is."""
     if not image.mode.startswith(("I", "F")):
         return image
-    grey = np.asarray(image).astype(np.float64)
+    grey = np.array(image, np.float64)
     if image.mode.startswith("I;16") or grey.max() > 255:
         grey /= 256
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
@@ -585,10 +590,13 @@ def learn_merges(captions, num_merges, progress=False):
         joined = "".join(pair)
         grown = set()
         for number in holders.pop(pair):
+            merged = merge(words[number], pair)
+            if len(merged) == len(words[number]):
+                continue  # an earlier merge took the pair out of this word
             for near in pairwise(words[number]):
                 pair_count[near] -= times[number]
-            words[number] = merge(words[number], pair)
-            for near in pairwise(words[number]):
+            words[number] = merged
+            for near in pairwise(merged):
                 pair_count[near] += times[number]
                 if joined in near:
                     holders[near].add(number)
@@ -832,8 +840,9 @@ def list_samples(path):
 
 def pack(path, folder):
     """Makes shards of a list, in a new folder; returns how many."""
-    if os.path.exists(folder) and os.listdir(folder):
-        raise ValueError(f"{folder}: holds shards already, or something else; name another folder")
+    if os.path.exists(folder):  # an empty one makes room for ours, unless it is a disk or where we are
+        if os.listdir(folder) or os.path.ismount(folder) or os.path.samefile(folder, "."):
+            raise ValueError(f"{folder}: holds shards already, or is in use; name a new folder")
     for _ in tqdm(list_lines(path), "checking", unit=" lines"):
         pass  # a bad line is to be found before hours of work, not after
     with make_whole(folder) as part:
