@@ -458,8 +458,8 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, quick_gelu):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, quick_gelu) for _ in range(layers))
-        # CLIP's text initialisation, here for both towers: the sum of all residual branches has the scale of a single
-        # one.
+        # CLIP's text initialisation, here for both towers: the sum of all residual branches has the
+        # scale of a single one.
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
