@@ -56,8 +56,7 @@ import data
 import evaluate
 
 if not hasattr(data, "Batches") or not hasattr(evaluate, "embed_images"):
-    raise SystemExit(f"error: {data.__file__} and {evaluate.__file__}: one of these is not this project's; "
-                     "run clip_pgs.py in its own folder")
+    raise SystemExit(f"error: {data} or {evaluate} is another project's; clip_pgs.py needs those beside it")
 
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option, and what the checkpoint
@@ -533,6 +532,12 @@ class VisionTransformer(nn.Module):
         # FIRST_NUMBER
         return self.ln_post(last.first(x, slots))                        # (B, D)
 
+def send(x, device):
+    """x on the device. To a GPU from pinned memory: then the CPU does not wait for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
 class CLIP(nn.Module):
     """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
     def __init__(self, config):
@@ -559,16 +564,16 @@ class CLIP(nn.Module):
         then knows how many there are without asking the GPU, which would have to finish its work
         first."""
         device = self.text_projection.device
-        ends = tokens.argmax(1)                                     # (B,), <end> has the highest id
+        ends = tokens.argmax(1)                                          # (B,); <end> is the highest id
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
-        places = valid.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-        slots = Slots(valid, places)                              # of valid, only the shape is used
-        tokens = tokens[:, :T].to(device, non_blocking=True)
+        places = send(valid.flatten().nonzero()[:, 0], device)           # (N,)
+        slots = Slots(valid, places)                                     # of valid the shape is used
+        tokens = send(tokens[:, :T], device)
         x = self.token_embedding(tokens) + self.positional_embedding[:T]
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
-        last = (ends + 1).cumsum(0) - 1                        # where each caption ends among the N
-        x = x[last.to(device, non_blocking=True)]                        # (B, D)
+        last = (ends + 1).cumsum(0) - 1                                  # <end>'s place among the N
+        x = x[send(last, device)]                                        # (B, D)
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
