@@ -730,6 +730,7 @@ def choose_patches(config, visual, ema, images, noise, progress):
         attention, _ = class_attention(ema, images, config.ema_size)     # (B, L)
     return mask_of(config, visual, images, noise, progress, attention)
 
+@torch.no_grad()
 def mask_of(config, visual, images, noise, progress, attention):
     """`make_mask` with the options of the run. attention (B, L) is for attentive alone, else
     None."""
@@ -1027,6 +1028,11 @@ class Run:
     lock: Any                 # see claim; rank 0 alone has it
     rehearsed: bool = False   # see rehearse
 
+    @property
+    def num_epochs(self):
+        """How many epochs are at least begun."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
 def claim(config):
     """Makes --out the folder of this run; returns a file that is locked until this process ends.
     ValueError if another process trains there, or if it holds the checkpoint of a run that we do
@@ -1262,9 +1268,8 @@ def train_epoch(run, epoch, log, requests):
     config = run.config
     rank, world_size = ranks()
     begin = epoch * run.steps_per_epoch
-    num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
     steps = range(run.step - begin, min(run.steps_per_epoch, run.total_steps - begin))
-    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{num_epochs}", steps.stop,
+    bar = tqdm(epoch_loader(run, epoch, steps), f"epoch {epoch + 1}/{run.num_epochs}", steps.stop,
                initial=steps.start, disable=rank > 0, leave=False, unit=" steps")
     losses = []
     num_lost = 0
@@ -1392,11 +1397,10 @@ def train(config, state, device):
     start = time.perf_counter()
     first = run.step
     results = {}
-    num_epochs = math.ceil(run.total_steps / run.steps_per_epoch)
     # After --resume from the end of an epoch, no step is left of it, but its evaluation may be
     # missing: that is why the last step that is done, and not the next one, says which epoch comes
     # first.
-    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, num_epochs):
+    for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
         losses = train_epoch(run, epoch, log, requests)
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
@@ -1428,14 +1432,16 @@ def train(config, state, device):
 # -----------------------------------------------------------------------------
 # Pictures of masks, and main.
 
-def pgs_tiles(config, images, pixels, noise, embeddings, alpha):
+@torch.no_grad()
+def pgs_tiles(config, visual, images, pixels, noise, progress):
     """[(picture, text)]: the steps by which pgs chooses the patches of one image, (1, 3, H, W) as
     for the model and as uint8 pixels, by the functions that training calls."""
     P = config.patch_size
     size = config.image_size
     edges = sobel_edges(images, P)                                     # (1, L)
     candidates = pgs_candidates(edges if config.edges else torch.zeros_like(edges), noise[:, 0])
-    similarity = patch_similarity(images, P, embeddings, alpha)        # (1, L, L)
+    embeddings = visual.patch_tokens(images) if config.embeddings else None
+    similarity = patch_similarity(images, P, embeddings, alpha_at(progress))   # (1, L, L)
     score = pgs_score(similarity, candidates, config.transport)        # (1, L)
     return [(pixels[0], "photograph"),
             (evaluate.heat_map(edges, size), "1 edges"),
@@ -1450,27 +1456,27 @@ def show_masks(config, state):
     clip, _, _, teacher, _ = build(config, state, "cpu")
     if teacher is None:
         teacher = clip.visual
-    size, P, alpha = config.image_size, config.patch_size, state.get("progress", 0.0)
+    P = config.patch_size
+    size = config.image_size
+    progress = state.get("progress", 0.0)
     names = [name for name in MASKS if name != "none" and (len(config.ratio) == 1 or name in COUNTING)]
     generator = torch.Generator().manual_seed(config.seed)
-    masks, steps = [], []
+    masks = []
+    steps = []
     for path in config.show_masks:
         pixels = evaluate.read_image(evaluate.Sample(path), size, upright=True)[None]
         images = data.normalize(pixels)                                # (1, 3, H, W)
         attention, _ = class_attention(teacher, images, config.ema_size)
-        embeddings = clip.visual.patch_tokens(images).detach() if config.embeddings else None
         masks.append((pixels[0], "photograph"))
         masks.append((evaluate.heat_map(sobel_edges(images, P), size), "Sobel edges"))
         masks.append((evaluate.heat_map(attention, size), "class attention"))
         for name in names:
             noise = torch.rand(1, 2, config.num_patches, generator=generator)
-            keep, valid = make_mask(name, images, config.ratio, patch_size=P, noise=noise, alpha=alpha,
-                                    embeddings=embeddings, attention=attention, edges=config.edges,
-                                    transport=config.transport)
+            keep, valid = mask_of(replace(config, mask=name), clip.visual, images, noise, progress, attention)
             picture = evaluate.hide_removed(pixels, keep, valid, P)[0]
             masks.append((picture, name))
             if name == "pgs":
-                steps += pgs_tiles(config, images, pixels, noise, embeddings, alpha)
+                steps += pgs_tiles(config, clip.visual, images, pixels, noise, progress)
                 steps.append((picture, "5 what stays"))
     os.makedirs(config.out, exist_ok=True)
     evaluate.sheet(f"{config.out}/masks.png", masks, columns=3 + len(names))
