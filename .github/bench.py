@@ -3,7 +3,7 @@
     python .github/bench.py step                  what a training step costs under each mask
     python .github/bench.py data SHARDS           images that a core reads, decodes and augments per second
     python .github/bench.py masks SHARDS          what each part of pgs changes, and how much masks vary
-    python .github/bench.py open_clip step SHARD  a training step and open_clip's, in turns
+    python .github/bench.py open_clip step SHARD  a training step and open_clip's: speed in turns, losses
     python .github/bench.py open_clip data SHARD --vocab bpe_simple_vocab_16e6.txt.gz   the data pipelines
 
 `open_clip` needs open_clip_torch[training]. Everything that is compared runs in turns in one process.
@@ -431,16 +431,35 @@ def our_step(mask):
         return numbers["loss"].item()
     return step, clip
 
+def compare_losses(captions, batch_size=8, steps=6):
+    """Prints how far our losses and open_clip's are apart, from the same weights on the same
+    batches."""
+    import open_clip
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    ours, clip = our_step("none")
+    theirs = their_step(0.0, clip.state_dict())
+    losses = []
+    differences = []
+    for number in range(steps):
+        at = [(number * batch_size + i) % len(captions) for i in range(batch_size)]
+        tokens = tokenizer([captions[i] for i in at])
+        pixels = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+        losses.append(ours(pixels, tokens))
+        differences.append(abs(losses[-1] - theirs(data.normalize(pixels), tokens)))
+    print(f"{steps} steps of {batch_size} images from the same weights: losses {min(losses):.3f} to "
+          f"{max(losses):.3f}, they differ from open_clip's by {max(differences):.1e} at most")
+
 def compare_steps(options):
     """Prints our images/s, open_clip's and their ratio for a training step of ViT-B/16 in float32,
-    on random pixels and real captions."""
+    on random pixels and real captions; then how far the losses are apart."""
     import open_clip
     index, _ = data.build_index([options.shard])
+    captions = [data.read_captions(options.shard, row)[0] for row in index]
     B = options.batch_size or 16
-    captions = [data.read_captions(options.shard, row)[0] for row in index[:B]]
-    tokens = open_clip.get_tokenizer("ViT-B-16")(captions)
+    tokens = open_clip.get_tokenizer("ViT-B-16")(captions[:B])
     pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
     images = data.normalize(pixels)
+    compare_losses(captions)
     contestants = {}
     against = {"none": "open_clip", "random": "open_clip, patch dropout 0.5",
                "pgs": "open_clip, patch dropout 0.5"}
