@@ -1197,7 +1197,7 @@ def save(run, name):
         torch.save(state, file)
 
 def data_sum(index):
-    """A number that differs for other shards, if not for the same ones in another folder."""
+    """A number that other samples change; the same ones in another folder do not."""
     return zlib.crc32(index.tobytes())
 
 def open_log(path, step):
@@ -1366,7 +1366,7 @@ def resume_line(run, state):
     before = state["record"]["lr"]
     if run.step < run.total_steps:
         lr = learning_rate(config, run.step, run.total_steps)
-        if lr > 2 * before and run.step > config.warmup:
+        if lr > 2 * before:
             line += f"; the learning rate jumps from {before:.2g} to {lr:.2g}"
     return line
 
@@ -1382,7 +1382,8 @@ def train(config, state, device):
         evaluation."""
         requests.append(number)
         if rank == 0:
-            print(f"{signal.Signals(number).name}: stopping soon, with a checkpoint", file=sys.stderr)
+            with suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping soon, with a checkpoint\n".encode())
 
     for number in data.STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has said to ignore a closed terminal
