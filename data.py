@@ -44,6 +44,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 @contextmanager
 def write_whole(path, suffix=".part"):
     """A binary file to write, which gets its name when it is whole and on disk; else OSError."""
+    path = os.fspath(path)
     try:
         with open(path + suffix, "wb") as file:
             yield file
