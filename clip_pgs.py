@@ -818,7 +818,8 @@ def joined(tensors):
     return None if tensors[0] is None else torch.cat(tensors)
 
 def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress, ema=None):
-    """The update of `train_step` and what it returns, in --accum passes."""
+    """The update of `train_step` and what it returns, in --accum passes. With a range of ratios the CPU
+    waits for the GPU once in each forward pass, two for each of --accum."""
     device = clip.logit_scale.device
     images = batch.images.to(device, non_blocking=True)  # as bytes: floats of the whole batch are too large
     decoded = batch.decoded.to(device, non_blocking=True)
