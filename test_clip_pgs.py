@@ -288,11 +288,11 @@ def test_sinkhorn_equals_the_plain_alternating_one_run_to_convergence(S):
     assert sinkhorn(S).double().allclose(alternating_sinkhorn(S), atol=1e-5, rtol=0)
 
 def test_the_balanced_similarity_is_and_ranks_as_the_log_of_the_transport_plan():
-    x = F.normalize(randn(4, 40, 24), dim=-1)
-    S = x @ x.mT
+    x = F.normalize(randn(4, 40, 8), dim=-1)
+    S = x @ x.mT                                                        # up to 0.016 from balanced
     expected = 1 + 0.05 * alternating_sinkhorn(S).log()
     balanced = clip_pgs.balance(S)
-    assert balanced.double().allclose(expected, atol=5e-5, rtol=0)
+    assert balanced.double().allclose(expected, atol=2e-4, rtol=0)
     assert balanced.argsort(-1).equal(expected.argsort(-1))
 
 @pytest.mark.parametrize("low, high", [(0.5, 0.5), (0.25, 0.75)])
@@ -551,11 +551,15 @@ def test_a_caption_s_feature_depends_on_its_tokens_up_to_the_end_and_on_nothing_
     seen = clip.token_embedding.weight.grad.any(1).nonzero()
     assert seen.flatten().tolist() == [1, 2, 3, 598, 599]
 
-def test_captions_encoded_together_get_the_features_of_each_alone():
+def test_a_caption_s_feature_is_the_causal_transformer_s_last_output_for_it_alone():
     clip = random_clip(tiny())
     tokens = random_tokens(20)
-    alone = torch.cat([clip.encode_text(row[None]) for row in tokens])
-    assert clip.encode_text(tokens).allclose(alone, atol=1e-5)
+    features = clip.encode_text(tokens)
+    for row in range(20):
+        ids = tokens[row, :tokens[row].argmax() + 1]
+        x = clip.token_embedding(ids) + clip.positional_embedding[:len(ids)]
+        x = clip.transformer(x[None], causal=True)[0, -1]
+        assert features[row].allclose(clip.ln_final(x) @ clip.text_projection, atol=1e-5)
 
 @pytest.mark.parametrize("size, side", [(0, 16), (8, 8)])
 def test_class_attention_is_the_class_token_s_row_of_pytorch_s_maps_stretched_over_the_patches(size, side):
@@ -706,6 +710,27 @@ def test_two_equal_views_give_the_plain_step_s_loss_and_gradients(mask):
     numbers, gradients = one_step(tiny(mask=mask, views=2), batch=views, noise=twice)
     assert numbers == pytest.approx(plain, abs=1e-6)
     assert (gradients - expected).norm() < 1e-6 * expected.norm()
+
+@pytest.mark.parametrize("changes", [RANGE | dict(views=2), FULL], ids=["pgs", "A-CLIP"])
+def test_the_order_of_the_two_views_does_not_matter(changes):
+    batch = eight_pairs(views=2)
+    noise = rand(16, 2, 16)
+    numbers, expected = one_step(tiny(**changes), batch=batch, noise=noise)
+    swapped = batch._replace(images=batch.images[[1, 0, 2]], boxes=batch.boxes[[1, 0]])
+    noise = noise.view(8, 2, 2, 16).flip(1).flatten(0, 1)
+    others, gradients = one_step(tiny(**changes), batch=swapped, noise=noise)
+    assert others == pytest.approx(numbers, abs=1e-5)
+    assert (gradients - expected).norm() < 1e-5 * expected.norm()
+
+def test_embeddings_count_as_much_as_the_run_has_progressed():
+    visual = random_clip(tiny()).visual
+    images = torch.stack([evaluate.preprocess(scene(i), 16) for i in range(8)])
+    noise = rand(8, 2, 16)
+    for progress in (0.2, 0.8):
+        keep, _ = clip_pgs.choose_patches(tiny(), visual, None, images, noise, progress)
+        expected, _ = make_mask("pgs", images, (0.5,), patch_size=4, noise=noise, alpha=progress,
+                                embeddings=visual.patch_tokens(images))
+        assert keep.equal(expected)
 
 def test_grad_clip_limits_the_norm_of_the_gradient_and_counts_what_it_was():
     _, expected = one_step(tiny())
@@ -981,6 +1006,13 @@ def test_a_run_killed_before_its_evaluation_makes_up_for_it_and_drops_damaged_li
     assert train("--resume") == whole
     assert "4 damaged lines" in capsys.readouterr().out
     assert train("--resume") == whole  # nothing is left to do but to evaluate
+
+def test_the_teachers_of_a_run_follow_what_it_trains(train, tmp_path):
+    train("--steps", 1, *"--mask attentive --views 2 --contrast byol".split())
+    state = torch.load(tmp_path / "out" / "ckpt.pt")
+    _, _, _, ema, heads = clip_pgs.build(Config(**state["config"]), {}, "cpu")      # as they began
+    assert not state["ema"]["proj"].equal(ema.proj)
+    assert not state["heads"]["teacher.0.weight"].equal(heads.teacher[0].weight)
 
 def test_training_learns_its_pairs_by_heart(train):
     log = train("--epochs", 20, "--lr", 0.003, "--mask", "none", "--scale", 1, 1)
