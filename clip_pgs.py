@@ -949,9 +949,10 @@ def choose_patches_of_views(config, visual, ema, images, whole, boxes, noise, pr
     return *mask_of(config, visual, images, noise, progress, attention), taught
 
 def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
-    """The update of `train_step` with two views, in one pass or many. batch.images is (3, B, 3, H,
-    W), noise (2B, 2, L), model TwoViews(clip) or that in DDP; ema is there for attentive and for
-    BYOL. With --contrast the CPU waits for the GPU two or three times, see `Heads`."""
+    """The update of `train_step` with two views, in one pass or many. batch.images is
+    (3, B, 3, H, W), noise (2B, 2, L), model TwoViews(clip) or that in DDP; ema is there for
+    attentive and for BYOL. The CPU waits for the GPU twice for simclr, three times for byol or
+    both; a range of ratios adds the waits of the plain step."""
     device = clip.logit_scale.device
     images = batch.images.to(device, non_blocking=True)
     decoded = batch.decoded.to(device, non_blocking=True)                           # (B,)

@@ -701,6 +701,7 @@ def word_chances(captions, threshold=1e-6, least=5):
 # began: neither the number of workers nor their timing can change what the model sees.
 
 class Batch(NamedTuple):
+    """What a rank gets for one step. With --views 2, images are (3, B, 3, H, W), see two_views."""
     images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
     tokens: torch.Tensor   # (B, T) int64
     decoded: torch.Tensor  # (B,) bool
