@@ -721,20 +721,15 @@ def autocast(config, device):
 
 @torch.no_grad()
 def choose_patches(config, visual, ema, images, noise, progress):
-    """keep (B, K) and valid (B, K) or None, see `make_mask`, of images (B, 3, H, W); without noise
-    both are None."""
+    """`make_mask` of images (B, 3, H, W) with the options of the run: keep (B, K), valid (B, K) or
+    None; without noise both are None. visual, the image tower, and its EMA copy bring what some
+    masks compare."""
     if noise is None:
         return None, None
     attention = None
+    embeddings = None
     if config.mask == "attentive":
         attention, _ = class_attention(ema, images, config.ema_size)     # (B, L)
-    return mask_of(config, visual, images, noise, progress, attention)
-
-@torch.no_grad()
-def mask_of(config, visual, images, noise, progress, attention):
-    """`make_mask` with the options of the run. attention (B, L) is for attentive alone, else
-    None."""
-    embeddings = None
     if config.mask in ("cluster", "pgs") and config.embeddings:
         embeddings = visual.patch_tokens(images)                         # (B, L, D)
     return make_mask(config.mask, images, config.ratio, patch_size=config.patch_size, noise=noise,
@@ -944,9 +939,12 @@ def choose_patches_of_views(config, visual, ema, images, whole, boxes, noise, pr
         side = config.image_size // config.patch_size
         attention = cut_attention(attention.repeat_interleave(2, dim=0), boxes, side)
         taught = taught.float()
-    if noise is None:
-        return None, None, taught
-    return *mask_of(config, visual, images, noise, progress, attention), taught
+    if config.mask == "attentive" and noise is not None:
+        keep, valid = make_mask("attentive", images, config.ratio, patch_size=config.patch_size,
+                                noise=noise, attention=attention)
+    else:
+        keep, valid = choose_patches(config, visual, None, images, noise, progress)
+    return keep, valid, taught
 
 def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
     """The update of `train_step` with two views, in one pass or many. batch.images is
@@ -1475,7 +1473,8 @@ def show_masks(config, state):
         masks.append((evaluate.heat_map(attention, size), "class attention"))
         for name in names:
             noise = torch.rand(1, 2, config.num_patches, generator=generator)
-            keep, valid = mask_of(replace(config, mask=name), clip.visual, images, noise, progress, attention)
+            keep, valid = choose_patches(replace(config, mask=name), clip.visual, teacher, images, noise,
+                                         progress)
             picture = evaluate.hide_removed(pixels, keep, valid, P)[0]
             masks.append((picture, name))
             if name == "pgs":
