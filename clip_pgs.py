@@ -16,7 +16,7 @@ One step of training, with the functions that do it:
     edges = how much changes inside each patch                       sobel_edges
     candidates = a few flat patches, by chance                       pgs_candidates
     S = cosines of pixels and, more and more, embeddings, balanced   patch_similarity, balance
-    similar = patches with S > 0.5 to some candidate                 pgs_score
+    score = S to the nearest candidate; similar = score > 0.5        pgs_score
     keep = the half that stays: similar ones go first, by chance     remove; make_mask calls all of these
     image_features = ViT(the patches keep of the images)             CLIP.encode_image
     text_features = transformer(tokens), at <end>                    CLIP.encode_text
@@ -24,9 +24,9 @@ One step of training, with the functions that do it:
     loss = cross_entropy(logits), both ways, over all ranks          clip_loss
     loss.backward(), AdamW                                           train_step, update
 
-The story, top to bottom: config, masks, model, teacher, loss, optimizer, one step. Everybody reads up
-to there. Then come many passes (--accum), two views (A-CLIP, SLIP), the run and main. data.py reads
-shards, evaluate.py measures what was learned.
+The story, top to bottom: config, masks, model, teacher (for attentive alone), loss, optimizer, one
+step. Everybody reads up to there. Then come many passes (--accum), two views (A-CLIP, SLIP), the run
+and main. data.py reads shards, evaluate.py measures what was learned.
 """
 import argparse
 import copy
@@ -92,7 +92,7 @@ class Config:
     ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: as images")
     text_tokens: int = knob(0, "longer captions lose common words, down to this; 0: none (CLIPF)")
     views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
-    contrast: tuple = knob((), "with --views 2, losses between them: simclr, byol or both (A-CLIP)")
+    contrast: tuple = knob((), "with --views 2, losses on class tokens: simclr, byol or both (A-CLIP)")
     unmasked_epochs: float = knob(0.0, "epochs on whole images at the end, at most half of all (FLIP)")
     # optimization
     batch_size: int = knob(512, "images per rank and pass (release: 8 x 512 = 4096)", least=1)
@@ -165,19 +165,14 @@ def check(config):
 
 # -----------------------------------------------------------------------------
 # Masks. Each answers one question: which patches does the encoder get to see? pgs goes through
-# five steps:
+# the first five lines of the step at the head of this file; the other masks share some of them. To
+# add a mask, name it in MASKS (and in COUNTING, if it takes a range of ratios) and give it a branch
+# in make_mask, above that of cluster.
 #
-#     sobel_edges         how much changes inside each patch?
-#     pgs_candidates      a few patches are proposed for removal, by chance, flat ones more often
-#     patch_similarity    how alike are every two patches?
-#     balance             optimal transport: a patch with many twins becomes less alike to each
-#     remove              patches similar to a candidate go, by chance, as many as --ratio says
-#
-# The other masks share some of the steps. To add a mask, name it in MASKS and give it a branch in
-# make_mask, above that of cluster. Letters in shapes: B images, L patches of an image, K of them
-# kept, D width of a tower, E size of an embedding, T tokens of a caption, N packed tokens of a
-# batch, H and W pixels, P side of a patch,
-# S similarity, u Sinkhorn's scaling.
+# Letters in shapes: B images, C their channels, H and W pixels, P side of a patch, L patches of an
+# image, K of them kept, A candidates, D width of a tower, E size of an embedding, T tokens of a
+# caption, N packed tokens of a batch; in the losses, N pairs of all ranks. In formulas: S similarity,
+# T the transport plan, u its scaling.
 
 MASKS = ("none", "random", "center", "cluster", "attentive", "pgs")
 COUNTING = ("cluster", "attentive", "pgs")  # they find how many could go: `ratio` may be a range
@@ -212,7 +207,7 @@ def sobel_edges(images, patch_size=16):
     """Edge strength of each patch, (B, L) in [0, 1]; images (B, 3, H, W) are normalised as for the
     model. Mean gradient magnitude of the luminance, min-max scaled per image; a constant image
     gives zeros. ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection
-    (see the README)."""
+    (its release differs, see the README)."""
     weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # MEAN has no gradient
     weights = weights.view(3, 1, 1).to(images, non_blocking=True)
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
@@ -228,7 +223,7 @@ def sobel_edges(images, patch_size=16):
     return edges / edges.amax(1, keepdim=True).clamp(min=1e-12)
 
 def pgs_candidates(edges, noise):
-    """(B, C) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS,
+    """(B, A) indices of the patches proposed for removal: the highest `noise - edges` (CLIP-PGS,
     generation). edges (B, L) in [0, 1], noise (B, L) uniform in [0, 1): by chance, flat patches
     often, outlines rarely. A candidate has no privilege later: it counts as similar because it is
     similar to itself."""
@@ -239,14 +234,14 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
     """Similarity of every two patches of an image, (B, L, L) in [-1, 1]; images (B, 3, H, W). The
     cosine of their pixels, brought to zero mean and unit variance (E-CLIP: contrast must not
     matter). With embeddings (B, L, D): (1 - alpha) * cosine of pixels + alpha * cosine of
-    embeddings. In a run, alpha is the share of the steps that are done: it grows linearly (ours;
-    the releases: epoch / 32)."""
+    embeddings. These hold the positions, too, as in both releases: near patches are more alike.
+    In a run, alpha grows, see `alpha_at`."""
     def cosines(x):
         z = F.normalize(x, dim=-1)                        # (B, L, D)
         return z @ z.transpose(1, 2)                      # (B, L, L)
 
     pixels = patchify(images.float(), patch_size)
-    pixels = pixels - pixels.mean(-1, keepdim=True)     # the cosine itself divides by the deviation
+    pixels = pixels - pixels.mean(-1, keepdim=True)     # unit variance: the cosine sees to it
     # A patch whose values are all equal is now zero plus rounding noise, whose direction is random.
     # The same small number, appended to every patch, makes such patches alike.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
@@ -254,39 +249,39 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
         return S
     return (1 - alpha) * S + alpha * cosines(embeddings.float())
 
-def sinkhorn_scaling(similarity, eps=EPS, iterations=20):
-    """log u (B, L, 1) of the scaling u that makes T = diag(u) K diag(u) doubly stochastic, where K
-    = exp((S - 1) / eps) of a symmetric S (B, L, L) in [-1, 1]. Rows sum to 1 when u * (K u) = 1.
-    Repeating u <- 1 / (K u) would alternate between two vectors, so each step takes the geometric
-    mean of u and 1 / (K u): near the answer it at least halves the error, as K of cosines is
-    positive semi-definite."""
-    kernel = ((similarity.float() - 1) / eps).exp()  # (B, L, L) between exp(-2 / eps) and 1: never 0
+def sinkhorn_scaling(similarity):
+    """log u (B, L, 1) of a symmetric similarity S (B, L, L) in [-1, 1]: the scaling u that makes the
+    plan T = diag(u) exp((S - 1) / EPS) diag(u) doubly stochastic. That is optimal transport with
+    uniform marginals (Cuturi 2013): each patch gives away a unit of mass. One that has many twins
+    shares it with all of them; one that is like no other keeps it.
+    Rows sum to 1 when u * (kernel @ u) = 1. Repeating u <- 1 / (kernel @ u) would alternate between
+    two vectors, so each step takes the geometric mean of u and that: near the answer it at least
+    halves the error, as a kernel of cosines is positive semi-definite."""
+    kernel = ((similarity.float() - 1) / EPS).exp()  # (B, L, L) between exp(-2 / EPS) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
-    for _ in range(iterations):
+    for _ in range(20):
         u = (u / (kernel @ u)).sqrt()
     return u.log()
 
-def balance(similarity, eps=EPS, iterations=20):
-    """Balanced similarity S' = 1 + eps * log T of a symmetric S (B, L, L) in [-1, 1]: same shape,
-    float32. T is `sinkhorn`'s matrix, so to compare by S' is to compare by T. The formula for T
-    gives, without the detour through T: S' = S + eps * (log u_i + log u_j)."""
-    log_u = sinkhorn_scaling(similarity, eps, iterations)
-    return similarity.float() + eps * (log_u + log_u.transpose(1, 2))
+def balance(similarity):
+    """Balanced similarity S' = 1 + EPS * log T = S + EPS * (log u_i + log u_j) of a symmetric S
+    (B, L, L) in [-1, 1]: same shape, float32. To compare by S' is to compare by the plan T. As u is
+    at most 1, S' is at most S, and it is S where both patches are like no other."""
+    log_u = sinkhorn_scaling(similarity)
+    return similarity.float() + EPS * (log_u + log_u.transpose(1, 2))
 
-def sinkhorn(similarity, eps=EPS, iterations=20):
-    """The doubly stochastic matrix T nearest in KL to exp(similarity / eps), both (B, L, L);
-    float32. Optimal transport with uniform marginals (Cuturi 2013): rows and columns sum to 1. A
-    patch that has many twins shares its unit of mass with all of them; a patch that is like no
-    other keeps it."""
-    return ((balance(similarity, eps, iterations) - 1) / eps).exp()
+def sinkhorn(similarity):
+    """The plan T of `sinkhorn_scaling`, (B, L, L) float32: the doubly stochastic matrix nearest in KL
+    to exp(S / EPS). Rows and columns sum to 1. Selection needs its logarithm only, see `balance`."""
+    return ((balance(similarity) - 1) / EPS).exp()
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS,
-    selection). similarity (B, L, L), candidates (B, C). Without balance, one large area can take
+    selection). similarity (B, L, L), candidates (B, A). Without balance, one large area can take
     all that goes."""
     if transport:
         similarity = balance(similarity)
-    rows = similarity.take_along_dim(candidates[..., None], dim=1)  # (B, C, L), the candidates' rows
+    rows = similarity.take_along_dim(candidates[..., None], dim=1)  # (B, A, L), the candidates' rows
     return rows.amax(1)
 
 def block_mean(x, rows, columns):
@@ -305,16 +300,16 @@ def remove(priority, ratio, count=None):
     patches, and only fill up the row. Of equal priorities the last patches go: add noise to let
     chance decide."""
     L = priority.shape[1]
-    low = min(round(ratio[0] * L), L - 1)           # one patch always stays
-    high = min(round(ratio[-1] * L), L - 1)
+    fewest = min(round(ratio[0] * L), L - 1)        # one patch always stays
+    most = min(round(ratio[-1] * L), L - 1)
     order = priority.argsort(dim=1, stable=True)    # (B, L) lowest first: these stay longest
     # K is the most that the ratio allows: for the batch's own maximum, the CPU would wait for the
     # GPU.
-    keep = order[:, :L - low]                       # (B, K)
-    if low == high:
+    keep = order[:, :L - fewest]                    # (B, K)
+    if fewest == most:
         return keep, None
-    num_kept = L - count.clamp(low, high)           # (B,)
-    valid = torch.arange(L - low, device=keep.device) < num_kept[:, None]  # (B, K)
+    num_kept = L - count.clamp(fewest, most)        # (B,)
+    valid = torch.arange(L - fewest, device=keep.device) < num_kept[:, None]  # (B, K)
     return keep, valid
 
 @torch.no_grad()
@@ -351,7 +346,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             count = (blocks < attention.mean(1, keepdim=True)).sum(1)  # less than an even share: could go
             return remove(-blocks, ratio, count)
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: candidates are a few anchors
-            candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, C)
+            candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, A)
             transport = False                       # E-CLIP has none
         else:                  # CLIP-PGS
             strength = torch.zeros_like(proposal)
@@ -506,7 +501,8 @@ class VisionTransformer(nn.Module):
         if keep is not None:
             # From here on only what stays is computed.
             patches = patches.take_along_dim(keep[..., None], dim=1)
-            position = F.embedding(keep, position)  # position[keep]'s gradient varies between CPU threads
+            # As position[keep], whose gradient on a CPU depends on which thread is first.
+            position = F.embedding(keep, position)
         weight = self.conv1.weight.flatten(1)    # conv1 has no overlap: at one patch it is a matrix
         return F.linear(patches, weight) + position
 
@@ -570,7 +566,7 @@ class CLIP(nn.Module):
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
         places = send(valid.flatten().nonzero()[:, 0], device)           # (N,)
-        slots = Slots(valid, places)                                     # of valid the shape is used
+        slots = Slots(valid, places)    # valid stays on the CPU: causal attention takes its shape alone
         tokens = send(tokens[:, :T], device)
         x = self.token_embedding(tokens) + self.positional_embedding[:T]
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
@@ -621,8 +617,8 @@ def update_ema(ema, model, progress):
         average.lerp_(weight, 1 - momentum)
 
 # -----------------------------------------------------------------------------
-# Loss. To try another one, rewrite clip_loss. Its parameters belong to CLIP and leave through
-# CLIP.forward (and TwoViews.forward), so that DDP and --accum see them.
+# Loss. To try another one, rewrite clip_loss. What it learns, such as the temperature, is a parameter
+# of CLIP, and CLIP.forward (and TwoViews.forward) returns it, so that DDP and --accum see it.
 
 def ranks():
     """(rank, world_size): (0, 1) without torchrun."""
@@ -677,15 +673,14 @@ def make_optimizer(config, *modules):
 
 # -----------------------------------------------------------------------------
 # One step. The loop, `train_epoch`, sets the learning rate and draws the noise, by the functions
-# below; `train_step` does the rest. As a run goes on, three things change: the learning rate,
-# alpha (how much embeddings count in pgs and cluster), and at its end the masks may go. What None
-# means here:
+# below; `train_step` does the rest. As a run goes on, the learning rate changes, and alpha (how much
+# embeddings count in pgs and cluster), and at its end the masks may go. What None means here:
 #
 #     noise          this step sees whole images: --mask none, or the last, unmasked epochs
 #     keep           the encoder sees all patches
 #     valid          all K slots of keep are for patches that stay: one --ratio; a range has spare slots
 #     embeddings     this mask compares nothing, or pixels alone
-#     attention, ema this mask needs no teacher: any but attentive
+#     attention, ema this mask needs no teacher: any but attentive (BYOL has one, too)
 #     slots          nothing is padded
 #     grad_norm      no --grad-clip
 
@@ -705,18 +700,18 @@ def end_of_masks(config, total_steps, steps_per_epoch):
     """The step from which on images are whole: --unmasked-epochs before the end."""
     return total_steps - min(round(config.unmasked_epochs * steps_per_epoch), total_steps // 2)
 
-def step_noise(config, step, global_batch, device):
+def step_noise(config, step, num_images, device):
     """This rank's part of the mask noise: (B, 2, L), uniform in [0, 1), from the run's seed and
-    the step. Drawn for all ranks, then sliced: so masks depend neither on the number of ranks nor
-    on --accum."""
+    the step. Drawn for the images of all ranks, then sliced: so masks depend neither on the number
+    of ranks nor on --accum."""
     rank, world_size = ranks()
     seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
     generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.rand(global_batch, 2, config.num_patches, generator=generator, device=device)
+    noise = torch.rand(num_images, 2, config.num_patches, generator=generator, device=device)
     return noise.chunk(world_size)[rank]
 
 def autocast(config, device):
-    """bf16 for the towers, if the run says so; masks and losses compute in float32 all the same."""
+    """bf16 for the layers of the towers, if the run says so; masks and losses compute in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 @torch.no_grad()
@@ -797,13 +792,14 @@ def backward_in_passes(model, features, num_passes, loss_of):
     scale = scales[0].requires_grad_()
     loss = loss_of(*whole, scale)
     loss.backward()                                                      # as far as the features
+    # Class tokens have no gradient without --contrast.
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
     gradients = [x.chunk(num_passes) for x in gradients]
     for i in range(num_passes):
         # DDP averages gradients over the ranks at the end of a backward pass: once, in the last,
         # is enough. The gradient of the temperature belongs to all passes: it, too, goes in once.
         is_last = i == num_passes - 1
-        model.require_backward_grad_sync = is_last
+        model.require_backward_grad_sync = is_last      # DDP's; without DDP nobody reads it
         scale_gradient = scale.grad if is_last else torch.zeros_like(scale)
         torch.autograd.backward(features(i), [*(x[i] for x in gradients), scale_gradient])
     return loss.detach()
@@ -854,7 +850,8 @@ def nt_xent(a, b, temperature=0.1):
     N = len(a)
     z = F.normalize(torch.cat([a, b]), dim=-1)                           # (2N, E)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)     # no view is compared with itself
-    return F.cross_entropy(logits, torch.arange(2 * N, device=a.device).roll(N))
+    partners = torch.arange(2 * N, device=a.device).roll(N)              # view i's is i + N or i - N
+    return F.cross_entropy(logits, partners)
 
 def byol(prediction, target):
     """BYOL's loss (Grill et al. 2020): mean 2 - 2 cos of features (N, E); the target gets no
@@ -889,14 +886,14 @@ class Heads(nn.Module):
         together, without the pairs that are not decoded (B,) bool; they have to be counted, so the
         CPU waits for the GPU."""
         decoded = gather(decoded)
-        first = gather(class_tokens[:, 0])[decoded]                      # (N, D)
-        second = gather(class_tokens[:, 1])[decoded]
+        views = gather(class_tokens)[decoded]                            # (N, 2, D)
+        first, second = views.unbind(1)
         loss = 0
         if "simclr" in self.contrast:
             loss = loss + nt_xent(self.simclr(first), self.simclr(second))
         if "byol" in self.contrast:
             target = self.teacher(gather(taught)[decoded])
-            for view in (first, second):  # the sum of both views: 2.0 times the mean
+            for view in (first, second):  # A-CLIP weighs the mean over both views by 2: their sum
                 loss = loss + byol(self.predictor(self.projector(view)), target)
         return loss
 
@@ -915,8 +912,8 @@ class TwoViews(nn.Module):
         return class_tokens, image_features, self.clip.encode_text(tokens), self.clip.logit_scale.exp()
 
 def cut_attention(attention, boxes, side):
-    """(B, side ** 2): of attention (B, L) to the patches of pictures, what falls on the patches of
-    cut-outs. boxes (B, 4) say where these lie: left, top, right, bottom in [0, 1]."""
+    """Attention (B, L) to the patches of pictures, resampled to the patches of cut-outs: (B,
+    side ** 2). boxes (B, 4) say where these lie: left, top, right, bottom in [0, 1]."""
     left, top, right, bottom = boxes.to(attention).unbind(1)             # (B,) each
     centers = (torch.arange(side, device=attention.device) + 0.5) / side  # of the cut-out's patches
     x = left[:, None] + centers * (right - left)[:, None]                # (B, side), in the picture
@@ -929,43 +926,44 @@ def cut_attention(attention, boxes, side):
     return F.grid_sample(full, where, padding_mode="border", align_corners=False).flatten(1)
 
 @torch.no_grad()
-def choose_patches_of_views(config, visual, ema, images, whole, boxes, noise, progress):
-    """As `choose_patches`, of views (2b, 3, H, W) of the pictures whole (b, 3, H, W), in which
-    they lie in boxes (2b, 4). Also returns the EMA encoder's class tokens of these, (b, D), or
-    None. The EMA encoder looks once at the whole, and its attention is cut to each view."""
+def choose_patches_of_views(config, visual, ema, views, around, boxes, noise, progress):
+    """As `choose_patches`, of views (2b, 3, H, W). The EMA encoder looks once at the pictures around
+    both views of an image, (b, 3, H, W), in which they lie in boxes (2b, 4); its attention is cut
+    to each view, and its class tokens (b, D), or None, are returned, too."""
     attention, taught = None, None
     if ema is not None and (noise is not None or "byol" in config.contrast):
-        attention, taught = class_attention(ema, whole, config.ema_size)
+        attention, taught = class_attention(ema, around, config.ema_size)
         side = config.image_size // config.patch_size
         attention = cut_attention(attention.repeat_interleave(2, dim=0), boxes, side)
         taught = taught.float()
     if config.mask == "attentive" and noise is not None:
-        keep, valid = make_mask("attentive", images, config.ratio, patch_size=config.patch_size,
+        keep, valid = make_mask("attentive", views, config.ratio, patch_size=config.patch_size,
                                 noise=noise, attention=attention)
     else:
-        keep, valid = choose_patches(config, visual, None, images, noise, progress)
+        keep, valid = choose_patches(config, visual, None, views, noise, progress)
     return keep, valid, taught
 
 def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
     """The update of `train_step` with two views, in one pass or many. batch.images is
-    (3, B, 3, H, W), noise (2B, 2, L), model TwoViews(clip) or that in DDP; ema is there for
-    attentive and for BYOL. The CPU waits for the GPU twice for simclr, three times for byol or
-    both; a range of ratios adds the waits of the plain step."""
+    (3, B, 3, H, W), see `data.two_views`: both views and the picture around them. noise (2B, 2, L);
+    model TwoViews(clip) or that in DDP; ema is there for attentive and for BYOL. The CPU waits for
+    the GPU once for simclr, twice for byol or both; a range of ratios adds the waits of the plain
+    step."""
     device = clip.logit_scale.device
     images = batch.images.to(device, non_blocking=True)
     decoded = batch.decoded.to(device, non_blocking=True)                           # (B,)
     boxes = batch.boxes.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # (2B, 4)
     views = images[:2].transpose(0, 1).flatten(0, 1).chunk(config.accum)            # (2b, 3, H, W) each
-    wholes = images[2].chunk(config.accum)
+    arounds = images[2].chunk(config.accum)
     boxes = boxes.chunk(config.accum)
     tokens = batch.tokens.chunk(config.accum)
     noises = [None] * config.accum if noise is None else noise.chunk(config.accum)
     found = []
     for i in range(config.accum):
         pixels = data.normalize(views[i])
-        whole = data.normalize(wholes[i])
+        around = data.normalize(arounds[i])
         with autocast(config, device):
-            found.append(choose_patches_of_views(config, clip.visual, ema, pixels, whole, boxes[i],
+            found.append(choose_patches_of_views(config, clip.visual, ema, pixels, around, boxes[i],
                                                  noises[i], progress))
     keep, valid, taught = zip(*found)
     taught = joined(taught)
