@@ -620,11 +620,7 @@ def update_ema(ema, model, progress):
 # Loss. To try another one, rewrite clip_loss. What it learns, such as the temperature, is a parameter
 # of CLIP, and CLIP.forward (and TwoViews.forward) returns it, so that DDP and --accum see it.
 
-def ranks():
-    """(rank, world_size): (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+ranks = evaluate.ranks  # (rank, world_size): (0, 1) without torchrun
 
 def gather(x):
     """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. All ranks then
@@ -1372,7 +1368,7 @@ def train(config, state, device):
     """Trains as `config` says, from `state` on. Returns whether a folder failed in the last
     evaluation."""
     run = prepare(config, state, device)
-    rank, world_size = ranks()
+    rank, _ = ranks()
     requests = []
 
     def request(number, frame):
@@ -1403,8 +1399,7 @@ def train(config, state, device):
         losses = train_epoch(run, epoch, log, requests)
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
-        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, rank, world_size,
-                                        requests)
+        results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, requests)
         if len(results) < len(config.val):  # a request to stop; --resume makes this evaluation anew
             stop(run)
         if results:

@@ -4,7 +4,7 @@
     python data.py demo OUT                  draw the demo data set
 
 The file follows a sample: its place in a shard, its turn, its pixels, its token ids, its batch; then writing.
-Who is in a hurry reads build_index, epoch_order, crops, Tokenizer.encode and Batches.
+Who is in a hurry reads tar_samples, epoch_order, random_box, crops, Tokenizer.encode and Batches.
 """
 import argparse
 import glob
@@ -106,7 +106,7 @@ def ignore_signals(*_):
         signal.signal(number, signal.SIG_IGN)
 
 # -----------------------------------------------------------------------------
-# Faults of tars. Skip this, too, unless one of yours is damaged.
+# What is in a tar: tarfile tells where each file begins. The rest is about damaged tars: skip it.
 
 def what_it_is(path, otherwise="not a tar"):
     """What a file that should be something else seems to be, by its first bytes."""
@@ -127,8 +127,8 @@ def tar_members(path):
         with tarfile.open(path, "r:") as tar:
             for member in iter(tar.next, None):
                 tar.members = []  # else tarfile keeps them all
-                if not member.offset < tar.offset <= length:  # where the next header would be
-                    raise EOFError
+                if not member.offset < tar.offset <= length:
+                    raise EOFError  # the next header has to lie further on, and inside the file
                 if member.isfile():  # and neither a folder nor a link
                     yield member.name, member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
@@ -162,23 +162,21 @@ def expand(patterns):
             first, last = braces.groups()
             numbers = range(int(first), int(last) + 1)
             found = expand(path.replace(braces[0], str(n).zfill(len(first)), 1) for n in numbers)
-            missing = "an empty range"
         elif os.path.exists(path):
             found = [path]
         else:
             folder, name = os.path.split(path)
             folder = folder.replace("[", "[[]")  # of 'set [v2]/*.tar' the brackets mean themselves
             found = sorted(glob.glob(os.path.join(folder, name)) or glob.glob(path))
-            missing = "the pattern matches no file" if glob.has_magic(path) else "no such file"
         if not found:
-            raise ValueError(f"--data {path}: {missing}")
+            raise ValueError(f"--data {path}: no such file")
         paths += found
     return list(dict.fromkeys(paths))  # a shard named twice is read once
 
 def tar_samples(path):
     """([(key, {extension: (offset, size)})], fault or ""): a tar's samples in its order, up to its
-    fault. A key ends at the first dot of a file name. A key that comes again is another sample, as
-    in webdataset."""
+    fault. A key ends at the first dot of a file name. A key that comes again with a file that its
+    sample has begins another sample, as in webdataset."""
     samples = []
     files_of = {}  # of the samples that may still grow, by key
     last_key = None
@@ -191,6 +189,7 @@ def tar_samples(path):
             key = folder + slash + stem
             extension = extension.lower()
             files = files_of.get(key, ())
+            # Of 0.jpg 0.txt 1.jpg 1.txt 0.png 0.txt, two tars in one, the png is no part of the first 0.
             second = extension in IMAGE_EXTENSIONS and any(other in files for other in IMAGE_EXTENSIONS)
             if extension in files or (second and key != last_key):
                 files_of = {}  # names start again: what follows is of no sample so far
@@ -200,7 +199,7 @@ def tar_samples(path):
             files_of[key][extension] = (offset, size)
             last_key = key
         if not samples:
-            raise ValueError("a tar without files")
+            raise ValueError("a tar without samples")
     except ValueError as error:
         return samples, f"{path}: {error}"
     return samples, ""
@@ -261,7 +260,7 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     ValueError if more than the share max_bad of the shards is broken or of the samples incomplete,
     OSError if a disk fails. `folder` keeps the index for the next start and for other ranks."""
     # Is a kept index still true? A file's ctime changes with its content and with its permissions.
-    stamp = [[path, os.path.getsize(path), os.stat(path).st_ctime_ns] for path in shards]
+    stamp = [[path, os.stat(path).st_ctime_ns] for path in shards]
     kept = kept_scan(folder, stamp) if folder else None
     index, faults, lost = kept or scan(shards, workers, progress)
     if folder and not kept:
@@ -336,27 +335,19 @@ def pillow_errors():
         cause = re.sub(r" <_io.*>", "", str(error))  # an address in memory: causes are to be counted
         raise ValueError(cause or type(error).__name__) from None
 
-@contextmanager
 def open_image(raw):
-    """In a `with`: the picture in `raw` bytes. ValueError with the cause if it cannot be opened,
-    or later decoded; any other error inside the `with` is a bug, and stays what it is."""
+    """The picture in `raw` bytes, not yet decoded. ValueError with the cause if it cannot be opened."""
     with pillow_errors():
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-
-    def load():  # Pillow calls it when it first needs the pixels: in convert, resize, np.array ...
-        with pillow_errors():
-            return type(image).load(image)
-
-    image.load = load
-    try:
-        yield image
-    finally:
-        del image.load  # it holds the image, which holds it: neither would be freed at once
+    return image
 
 def eight_bits(image):
-    """Of a grey picture of more than 8 bits (modes I;16, I, F) the upper 8; any other as it is."""
+    """A picture, decoded; of a grey one of more than 8 bits (modes I;16, I, F) the upper 8, unless all
+    its values fit into 8. ValueError if it does not decode."""
+    with pillow_errors():
+        image.load()
     if not image.mode.startswith(("I", "F")):
         return image
     grey = np.array(image, np.float64)
@@ -496,10 +487,7 @@ for code in [*map(ord, "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬆ"), 0x30
     # Two letters in one become two, letters of another width (of Chinese fonts) become plain.
     FIXES[code] = unicodedata.normalize("NFKC", chr(code))
 FIXES[ord("ﬅ")] = "ſt"  # NFKC says st
-for quote in "ʼ‘’‚‛":
-    FIXES[ord(quote)] = "'"
-for quote in "“”„‟":
-    FIXES[ord(quote)] = '"'
+FIXES |= str.maketrans("ʼ‘’‚‛“”„‟", "'''''" + '""""')
 
 # CLIP's pattern says \p{L} and \p{N}, which Python's re lacks. \w is letters, all numbers and _;
 # \d is only the decimal digits, so other numbers (² or ½) are listed. [a-z] is for speed; ſ is
@@ -664,12 +652,11 @@ def read_captions(shard, row):
     """A list of str, maybe empty: lines of a .txt or the "caption" of a .json; else ValueError."""
     raw = read_bytes(shard, row["text"], row["text_size"])
     try:
+        found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
         if row["json"]:
-            found = json.loads(raw)["caption"]
-        else:
-            found = raw.decode("utf-8-sig")  # -sig: some editors put a mark before the first line
+            found = json.loads(found)["caption"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("no UTF-8 json with a caption" if row["json"] else "caption is not UTF-8") from None
+        raise ValueError("caption is not UTF-8, or a json without one") from None
     if isinstance(found, str):
         found = found.split("\n")
     if not isinstance(found, list):
@@ -684,10 +671,10 @@ def sample_captions(shards, index, limit=100_000):
             yield from read_captions(shards[row["shard"]], row)
 
 def word_chances(captions, threshold=1e-6, least=5):
-    """{word: its chance to go first}, max(0, 1 - sqrt(threshold / its share of all words)).
+    """{word: its chance to be dropped first}, max(0, 1 - sqrt(threshold / its share of all words)).
 
     After CLIPF (Liang and Larson, WACV 2026), for --text-tokens. Words that occur less than `least`
-    times are left out: they go before all others."""
+    times are left out: they are dropped before all others."""
     counts = count_words(captions)
     total = counts.total()
     chances = {}
@@ -704,7 +691,7 @@ class Batch(NamedTuple):
     """What a rank gets for one step. With --views 2, images are (3, B, 3, H, W), see two_views."""
     images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
     tokens: torch.Tensor   # (B, T) int64
-    decoded: torch.Tensor  # (B,) bool
+    decoded: torch.Tensor  # (B,) bool; False, too, if a sample has no caption
     boxes: torch.Tensor    # None; not with --views 2
     lost: list             # why samples did not decode, a str each
     fault: str             # what the disk said when it failed: the run has to stop; else ""
@@ -727,22 +714,26 @@ class Batches:
     order: np.ndarray      # (steps, B) numbers of samples in the index
     tokenizer: object
     epoch: int
-    chances: dict = None   # of words to go, for --text-tokens,
-    num_masked: int = 0    # in this many batches from the first on
+    chances: dict = None   # {word: its chance to be dropped}, for --text-tokens
+    num_masked: int = 0    # only before this batch
 
     def __getitem__(self, number):
-        if self.config.views == 2:
-            return self.two_view_batch(number)
-        size = self.config.image_size
-        black = torch.zeros(3, size, size, dtype=torch.uint8)
-        batch = self.load(number, random_crop, black)
-        return shared(batch._replace(images=torch.stack(batch.images)))
+        if self.config.views == 1:
+            batch = self.load(number, random_crop)
+            return shared(batch._replace(images=torch.stack(batch.images)))
+        batch = self.load(number, two_views)
+        images, boxes = zip(*batch.images)
+        images = torch.stack(images, dim=1)     # (3, B, 3, H, W)
+        boxes = torch.stack(boxes, dim=1)       # (2, B, 4)
+        return shared(batch._replace(images=images, boxes=boxes))
 
-    def load(self, number, see, blank):
-        """A Batch whose images are a list: of each see(image, config, rng), or `blank` if that fails."""
+    def load(self, number, see):
+        """A Batch whose images are a list: what see(image, config, rng) makes of each, or of a black
+        one."""
         config = self.config
         samples = self.order[number]
-        images = [blank] * len(samples)
+        black = see(Image.new("RGB", (1, 1)), config, np.random.default_rng(0))
+        images = [black] * len(samples)
         words = [[]] * len(samples)
         decoded = torch.ones(len(samples), dtype=torch.bool)
         lost = []
@@ -769,15 +760,6 @@ class Batches:
                 decoded[i] = False
                 lost.append(str(error))
         return Batch(images, self.tokenizer.encode(words), decoded, None, lost, fault)
-
-    def two_view_batch(self, number):
-        """The same for --views 2: images (3, B, 3, H, W), boxes (2, B, 4), as two_views has them."""
-        size = self.config.image_size
-        blank = (torch.zeros(3, 3, size, size, dtype=torch.uint8), torch.zeros(2, 4))
-        batch = self.load(number, two_views, blank)
-        images, boxes = zip(*batch.images)
-        batch = batch._replace(images=torch.stack(images, dim=1), boxes=torch.stack(boxes, dim=1))
-        return shared(batch)
 
     def shorten(self, words, rng):
         """The words with the highest `noise - chance`, in order, that fit --text-tokens (CLIPF)."""
@@ -810,14 +792,13 @@ def write_shards(folder, samples, shard_size=1000, name="{:05d}.tar"):
 def list_lines(path):
     """Yields (image path, caption) of a list's lines that are not blank. ValueError that names a
     bad line."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            image, _, caption = line.rstrip("\r\n").partition("\t")
             try:
-                not_utf8 = re.search("[\udc80-\udcff]", line)
-                if not image or not caption.strip() or not_utf8:
+                image, _, caption = line.decode("utf-8-sig").rstrip("\r\n").partition("\t")
+                if not image or not caption.strip():
                     raise ValueError(f"expected `image path <TAB> caption` in UTF-8, got {line!r:.80}")
                 if image.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
                     raise ValueError(f"{image}: not one of {', '.join(IMAGE_EXTENSIONS)}")
@@ -842,9 +823,8 @@ def list_samples(path):
 
 def pack(path, folder):
     """Makes shards of a list, in a new folder; returns how many."""
-    if os.path.exists(folder):  # an empty one makes room for ours, unless it is a disk or where we are
-        if os.listdir(folder) or os.path.ismount(folder) or os.path.samefile(folder, "."):
-            raise ValueError(f"{folder}: holds shards already, or is in use; name a new folder")
+    if os.path.exists(folder):
+        raise ValueError(f"{folder}: is there already; name a new folder")
     for _ in tqdm(list_lines(path), "checking", unit=" lines"):
         pass  # a bad line is to be found before hours of work, not after
     with make_whole(folder) as part:

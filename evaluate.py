@@ -81,10 +81,8 @@ def read_shard(shard, extension):
 def read_split(folder, extension):
     """Yields what read_shard does, for all shards of a split."""
     number = read_lines(f"{folder}/nshards.txt")[0]
-    if not number.isdecimal() or int(number) == 0:
-        raise ValueError(f"{folder}/nshards.txt: '{number}', expected the number of shards")
     there = len(list(Path(folder).glob("[0-9]*.tar")))
-    if there != int(number):
+    if there == 0 or number != str(there):
         raise ValueError(f"{folder}/nshards.txt: says {number}, but the folder holds {there} tars")
     for i in range(there):
         yield from read_shard(f"{folder}/{i}.tar", extension)
@@ -117,8 +115,14 @@ def read_folder(folder, split="test"):
 # Embed: open_clip's evaluation transform, bit for bit, then unit features. Of several ranks, rank r
 # encodes every world_size-th sample from the r-th on, and all get all features.
 
-IMAGES = 128  # encoded at a time, enough to fill a GPU
-TEXTS = 512
+IMAGE_BATCH = 128  # encoded at a time, enough to fill a GPU
+TEXT_BATCH = 512
+
+def ranks():
+    """(rank, world_size): (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 def resize_and_crop(image, size):
     """The middle of a PIL image, its shorter side resized to `size`: (3, size, size) uint8, RGB."""
@@ -136,7 +140,7 @@ def resize_and_crop(image, size):
     top = round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     image = image.crop((left, top, left + size, top + size))
-    pixels = np.array(image.convert("RGB"))  # only now: entries of a palette must not be mixed
+    pixels = np.array(image.convert("RGB"))  # after the resize, as open_clip; read_image did it before
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 def preprocess(image, size):
@@ -165,21 +169,22 @@ def read_batches(samples, size, workers, name):
     while the caller works on this one. Threads, not processes: they start at once, even in the
     middle of a training run, and Pillow decodes without Python's lock."""
     read = partial(read_image, size=size)
-    starts = tqdm(range(0, len(samples), IMAGES), name, leave=False, unit=" batches", disable=not name)
+    starts = tqdm(range(0, len(samples), IMAGE_BATCH), name, leave=False, unit=" batches", disable=not name)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        ahead = pool.map(read, samples[:IMAGES])
+        ahead = pool.map(read, samples[:IMAGE_BATCH])
         for start in starts:
             images = torch.stack(list(ahead))
-            ahead = pool.map(read, samples[start + IMAGES:start + 2 * IMAGES])
+            ahead = pool.map(read, samples[start + IMAGE_BATCH:start + 2 * IMAGE_BATCH])
             yield images
 
-def collect(model, features, total, rank, world_size, fault=""):
+def collect(model, features, total, fault=""):
     """Unit features (total, E) of all samples, in order, on all ranks; features: a list of (B, E), of
     this rank. A `fault` of one rank is a ValueError on all: none may wait for one that is gone."""
+    rank, world_size = ranks()
     if world_size > 1:
         faults = [""] * world_size
         dist.all_gather_object(faults, fault)
-        fault = max(faults)
+        fault = max(faults)  # "" comes before any text
     if fault:
         raise ValueError(fault)
     joined = model.text_projection.new_zeros(total, model.text_projection.shape[1])
@@ -192,8 +197,9 @@ def collect(model, features, total, rank, world_size, fault=""):
     return F.normalize(joined, dim=-1)
 
 @torch.no_grad()
-def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name=""):
+def embed_images(model, samples, config, workers=4, name=""):
     """Unit features (N, E) of samples, on the model's device; name: what rank 0's progress bar says."""
+    rank, world_size = ranks()
     own = samples[rank::world_size]
     if rank > 0:
         name = ""
@@ -205,17 +211,18 @@ def embed_images(model, samples, config, rank=0, world_size=1, workers=4, name="
             features.append(model.encode_image(images))
     except ValueError as error:
         fault = str(error)
-    return collect(model, features, len(samples), rank, world_size, fault)
+    return collect(model, features, len(samples), fault)
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, rank=0, world_size=1):
+def embed_texts(model, tokenizer, texts):
     """Unit features (N, E) of a list of str, on the model's device."""
+    rank, world_size = ranks()
     own = texts[rank::world_size]
     features = []
-    for start in range(0, len(own), TEXTS):
-        tokens = tokenizer.encode(own[start:start + TEXTS])
+    for start in range(0, len(own), TEXT_BATCH):
+        tokens = tokenizer.encode(own[start:start + TEXT_BATCH])
         features.append(model.encode_text(tokens))
-    return collect(model, features, len(texts), rank, world_size)
+    return collect(model, features, len(texts))
 
 # -----------------------------------------------------------------------------
 # Zero-shot classification: the class whose sentences are nearest to the image.
@@ -224,10 +231,10 @@ def mean(x):
     """The mean of a tensor of counts or truths, as a plain number."""
     return x.double().mean().item()
 
-def class_features(model, tokenizer, classnames, templates, rank=0, world_size=1):
+def class_features(model, tokenizer, classnames, templates):
     """(C, E) unit features: of a class, the mean over the templates of its sentences' features."""
     texts = [template.replace("{c}", name) for name in classnames for template in templates]
-    features = embed_texts(model, tokenizer, texts, rank, world_size)           # (C * templates, E)
+    features = embed_texts(model, tokenizer, texts)                             # (C * templates, E)
     features = features.view(len(classnames), len(templates), -1).mean(1)       # (C, E)
     return F.normalize(features, dim=-1)
 
@@ -271,18 +278,16 @@ def retrieval_metrics(image_features, text_features, image_of_text):
 # Linear probe, which a reader without --probe may skip: how well does a linear classifier do on the
 # frozen features? CLIP_benchmark's is trained by ten epochs of SGD, so the numbers do not compare.
 
-def pieces(features, labels, average):
-    """Yields (features - average, then a one for the bias, in float64; labels) of 4096 samples at a time.
-    Such copies, and the logits, of all of ImageNet at once would not fit into memory."""
+def pieces(features, labels):
+    """Yields (features, then a one for the bias, in float64; labels) of 4096 samples at a time. Such
+    copies, and the logits, of all of ImageNet at once would not fit into memory."""
     for x, y in zip(features.split(4096), labels.split(4096)):
-        yield F.pad(x.double() - average, (0, 1), value=1.0), y                  # (4096, E + 1)
+        yield F.pad(x.double(), (0, 1), value=1.0), y                            # (4096, E + 1)
 
-def fit_logistic(features, labels, num_classes, C, start=None, average=0.0):
-    """(num_classes, E + 1) weights, bias last, of L2-regularised logistic regression on features (N, E)
-    less `average`, by L-BFGS: those of the least mean cross entropy + |weights|^2 / (2 C N), bias free
-    of charge. C is scikit-learn's."""
-    if start is None:
-        start = features.new_zeros(num_classes, features.shape[1] + 1, dtype=torch.float64)
+def fit_logistic(features, labels, start, C):
+    """(classes, E + 1) weights, bias last, of L2-regularised logistic regression on features (N, E),
+    by L-BFGS from the weights `start`: those of the least mean cross entropy + |weights|^2 /
+    (2 C N), bias free of charge. C is scikit-learn's."""
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=1000, history_size=20, tolerance_grad=1e-6,
                                   tolerance_change=1e-9, line_search_fn="strong_wolfe")
@@ -291,7 +296,7 @@ def fit_logistic(features, labels, num_classes, C, start=None, average=0.0):
         optimizer.zero_grad()
         loss = weights[:, :-1].square().sum() / (2 * C * len(features))
         loss.backward()
-        for x, y in pieces(features, labels, average):
+        for x, y in pieces(features, labels):
             part = F.cross_entropy(x @ weights.T, y, reduction="sum") / len(features)
             part.backward()  # adds to the gradient now, so that these logits can go
             loss = loss + part.detach()
@@ -300,29 +305,30 @@ def fit_logistic(features, labels, num_classes, C, start=None, average=0.0):
     optimizer.step(closure)
     return weights.detach()
 
-def probe_accuracy(weights, features, labels, average):
+def probe_accuracy(weights, features, labels):
     """The share of features (N, E) whose class the weights of fit_logistic tell."""
-    right = [(x @ weights.T).argmax(1) == y for x, y in pieces(features, labels, average)]
+    right = [(x @ weights.T).argmax(1) == y for x, y in pieces(features, labels)]
     return mean(torch.cat(right))
 
 def linear_probe(train_features, train_labels, test_features, test_labels, num_classes):
     """(test accuracy, C, held-out accuracy). C is the best on a held-out tenth of the training set;
     the last fit is to all of it."""
     # The bias, which is free, makes up for taking the mean away. L-BFGS then needs far fewer steps.
-    average = train_features.mean(0, dtype=torch.float64)
+    average = train_features.mean(0)
     order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
     order = order.to(train_labels.device)
-    x = train_features[order]
+    x = train_features[order] - average
     y = train_labels[order]
     n = max(1, len(order) // 10)  # held out
+    zeros = x.new_zeros(num_classes, x.shape[1] + 1, dtype=torch.float64)
+    weights = zeros
     accuracy = {}
-    weights = None
     for C in (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):  # each fit starts from the one before
-        weights = fit_logistic(x[n:], y[n:], num_classes, C, weights, average)
-        accuracy[C] = probe_accuracy(weights, x[:n], y[:n], average)
+        weights = fit_logistic(x[n:], y[n:], weights, C)
+        accuracy[C] = probe_accuracy(weights, x[:n], y[:n])
     C = max(accuracy, key=accuracy.get)  # of equals the first, regularised most
-    weights = fit_logistic(x, y, num_classes, C, average=average)
-    return probe_accuracy(weights, test_features, test_labels, average), C, accuracy[C]
+    weights = fit_logistic(x, y, zeros, C)
+    return probe_accuracy(weights, test_features - average, test_labels), C, accuracy[C]
 
 # -----------------------------------------------------------------------------
 # Compositionality, which a reader without --sugarcrepe may skip: is the true caption nearer to the
@@ -334,25 +340,21 @@ def read_questions(path):
     """(images' file names, captions, negative captions) of one of SugarCrepe's json files."""
     try:
         questions = json.loads(Path(path).read_bytes()).values()
-        names = [question["filename"] for question in questions]
-        captions = [question["caption"] for question in questions]
-        negatives = [question["negative_caption"] for question in questions]
+        rows = [(question["filename"], question["caption"], question["negative_caption"])
+                for question in questions]
+        names, captions, negatives = zip(*rows)
     except (ValueError, KeyError, TypeError, AttributeError):
-        names = []
-    if not names:
-        raise ValueError(f"{path}: expected a filename, caption, negative_caption per question")
+        raise ValueError(f"{path}: expected a filename, caption, negative_caption per question") from None
     return names, captions, negatives
 
 def sugarcrepe(model, tokenizer, config, folder, images, workers=4):
     """{"sugar_crepe/replace_obj": {"acc": ...}, ...}, then the means of a kind; images: a folder,
     COCO's val2017."""
-    questions = {kind: read_questions(f"{folder}/{kind}.json") for kind in SUGARCREPE}
-    asked = sorted({name for names, _, _ in questions.values() for name in names})
-    samples = [Sample(f"{images}/{name}") for name in asked]
-    features = embed_images(model, samples, config, workers=workers, name="sugar_crepe")
     accuracy = {}
-    for kind, (names, captions, negatives) in questions.items():
-        image = features[[asked.index(name) for name in names]]                 # (N, E)
+    for kind in SUGARCREPE:
+        names, captions, negatives = read_questions(f"{folder}/{kind}.json")
+        samples = [Sample(f"{images}/{name}") for name in names]
+        image = embed_images(model, samples, config, workers, kind)             # (N, E)
         right = (image * embed_texts(model, tokenizer, captions)).sum(1)        # (N,)
         wrong = (image * embed_texts(model, tokenizer, negatives)).sum(1)
         accuracy[kind] = mean(right > wrong)
@@ -408,8 +410,8 @@ def frame_patches(image, patches, patch_size):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def hide_removed(images, keep, valid, patch_size):
-    """images (B, 3, H, H) uint8 with the removed patches grey; keep, valid as of clip_pgs.make_mask,
-    for these images or for a batch that begins with them."""
+    """images (B, 3, H, H) uint8 with the removed patches grey; keep, valid as of clip_pgs.make_mask.
+    They may have more rows than there are images: the first ones count."""
     grid = images.shape[-1] // patch_size
     if valid is None:
         valid = torch.ones_like(keep)
@@ -470,7 +472,8 @@ def read_log(path):
     return records
 
 def plot(draw, left, title, series):
-    """Draws a panel with numbered axes; series: (color, x, y), y (N,) of a line, (2, N) of a band."""
+    """Draws a panel with numbered axes; series: (color, x, y), y (N,) of a line, (2, N) of a band, as
+    study.py has for the spread over seeds."""
     all_x = np.concatenate([x for _, x, _ in series])
     all_y = np.concatenate([y.ravel() for _, _, y in series])
     x_range = (all_x.min(), all_x.max())
@@ -662,15 +665,14 @@ def load(path, vocab="", quick_gelu=False):
 # -----------------------------------------------------------------------------
 # Evaluate: a folder from its files to its metrics, several folders, the table of all, main.
 
-def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, probe=False,
-             pictures="", name=""):
+def evaluate(model, tokenizer, config, folder, workers=4, probe=False, pictures="", name=""):
     """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}; all ranks call it together.
     probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG. name: what
     to call the folder in the progress bar and among the pictures, if not by its last part."""
     name = name or tell_apart([folder])[folder]
     picture = pictures and f"{pictures}/{name.replace('/', '_')}.png"
     test = read_folder(folder)
-    images = embed_images(model, test.samples, config, rank, world_size, workers, name)
+    images = embed_images(model, test.samples, config, workers, name)
 
     if not test.classnames:  # retrieval
         captions = []
@@ -678,12 +680,12 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         for number, lines in enumerate(test.targets):
             captions += lines
             image_of_text += [number] * len(lines)
-        texts = embed_texts(model, tokenizer, captions, rank, world_size)
+        texts = embed_texts(model, tokenizer, captions)
         if picture:
             draw_retrieval(picture, test.samples, captions, image_of_text, images, texts)
         return retrieval_metrics(images, texts, torch.tensor(image_of_text, device=images.device))
 
-    classes = class_features(model, tokenizer, test.classnames, test.templates, rank, world_size)
+    classes = class_features(model, tokenizer, test.classnames, test.templates)
     scores = images @ classes.T                                                 # (N, C)
     labels = torch.tensor(test.targets, device=images.device)
     metrics = classification_metrics(scores, labels)
@@ -691,7 +693,7 @@ def evaluate(model, tokenizer, config, folder, rank=0, world_size=1, workers=4, 
         draw_mistakes(picture, test, scores, labels)
     if probe:
         train = read_folder(folder, "train")
-        features = embed_images(model, train.samples, config, rank, world_size, workers, f"{name} train")
+        features = embed_images(model, train.samples, config, workers, f"{name} train")
         targets = torch.tensor(train.targets, device=images.device)
         accuracy, C, held_out = linear_probe(features, targets, images, labels, len(classes))
         metrics["lp_acc1"] = accuracy
@@ -731,8 +733,8 @@ def write_json(path, results):
         with data.write_whole(path) as file:
             file.write(json.dumps(results, indent=1).encode())
 
-def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1, requests=(), workers=4,
-                 probe=False, pictures="", show=False, json_path=""):
+def evaluate_all(model, tokenizer, config, folders, requests=(), workers=4, probe=False, pictures="",
+                 show=False, json_path=""):
     """{folder: its metrics}; of a folder that cannot be evaluated {"failed": why}, on all ranks.
     show: print each row when it is done. json_path: a file for the results so far. requests: a list
     that a signal handler fills; once it holds something on any rank, no other folder is begun."""
@@ -740,13 +742,13 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1, reques
     results = {}
     for folder in folders:
         requested = model.logit_scale.new_tensor(len(requests))
-        if world_size > 1:
+        if dist.is_initialized():
             dist.all_reduce(requested)
         if requested > 0:
             break
         try:
-            results[folder] = evaluate(model, tokenizer, config, folder, rank, world_size, workers,
-                                       probe, pictures, names[folder])
+            results[folder] = evaluate(model, tokenizer, config, folder, workers, probe, pictures,
+                                       names[folder])
         except (ValueError, OSError) as error:
             results[folder] = {"failed": data.message(error)}
         write_json(json_path, results)
@@ -756,7 +758,8 @@ def evaluate_all(model, tokenizer, config, folders, rank=0, world_size=1, reques
     return results
 
 def check(args, folders):
-    """ValueError or OSError for what is missing: better now than after the first folder's hour."""
+    """ValueError or OSError for what is missing or cannot be written: better now than after the first
+    folder's hour."""
     for folder in folders:
         test = read_folder(folder)
         if args.probe and test.classnames:

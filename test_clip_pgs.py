@@ -871,10 +871,10 @@ def work_of_a_rank(rank, folder):
     more = ("--batch-size", 2, "--accum", 2, "--resume", f"{folder}/one/epoch_1.pt", "--out", f"{folder}/two")
     config, state = clip_pgs.parse(options(folder, *more))
     clip_pgs.train(config, state, torch.device("cpu"))
-    metrics = evaluate.evaluate(*SMALL_CLIP, f"{folder}/retrieval", rank, 2, workers=1)
+    metrics = evaluate.evaluate(*SMALL_CLIP, f"{folder}/retrieval", workers=1)
     # A picture of rank 1 is broken: both hear of it.
     with pytest.raises(ValueError, match="001.jpg does not decode"):
-        evaluate.evaluate(*SMALL_CLIP, f"{folder}/broken", rank, 2, workers=1)
+        evaluate.evaluate(*SMALL_CLIP, f"{folder}/broken", workers=1)
     torch.save((steps, metrics), f"{folder}/rank_{rank}.pt")
     os._exit(0)  # as main does
 
@@ -1222,7 +1222,8 @@ def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
     assert f"error: {tmp_path}/ckpt.pt: " in run.stderr
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--data a.tar", "a.tar: no such file"), ("--data *.rat", "no file"), ("--data {3..1}.tar", "range"),
+    ("--data a.tar", "a.tar: no such file"), ("--data *.rat", "rat: no such file"),
+    ("--data {3..1}.tar", "tar: no such file"),
     ("--data .", "a folder"), ("--batch-size 9", "9 images per step, but only 8 samples"),
     ("--val nowhere", "nowhere: no such folder"), ("--resume good.tar", "good.tar: refused"),
     ("--vocab good.tar", "--vocab good.tar: [^\n]*not CLIP"), ("--vocab three.gz", "--vocab three.gz: "),
@@ -1310,7 +1311,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
     ("more than zeros", 2, WHOLE[:4096] + bytes(512) + WHOLE[4608:]),
     ("damaged header", 2, WHOLE[:4096] + b"?" * 512 + WHOLE[4608:]),
     ("two tars in one", 4, WHOLE + WHOLE),
-    ("a tar without files", 0, bytes(10240)),
+    ("a tar without samples", 0, bytes(10240)),
     ("empty file, not a tar", 0, b""),
     ("not a tar", 0, b"hello " * 500),
     ("git lfs pull", 0, LFS),
@@ -1410,7 +1411,7 @@ def test_images_of_the_known_formats_decode(format):
 ], ids=["cut", "EPS", "bomb"])
 def test_what_is_no_whole_picture_of_a_known_format_is_a_value_error(says, raw):
     with pytest.raises(ValueError, match=f"^[^\n]*{says}[^\n]*$") as error, data.open_image(raw) as image:
-        image.convert("L")
+        data.to_rgb(image)
     assert " at 0x" not in str(error.value)  # no address: causes can be counted
 
 @pytest.mark.parametrize("bug", [TypeError, MemoryError])
@@ -1666,7 +1667,7 @@ def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_
     for i in range(3):
         (tmp_path / f"{i}.x.PNG").write_bytes(noise_image(i))
     pack(tmp_path, "\ufeff0.x.PNG\tü 0\n0.x.PNG\tb\n1.x.PNG\t\ufffd\n2.x.PNG\tc\n\n0.x.PNG\td\n")
-    pack(tmp_path, "0.x.PNG\tnew\n", fails="holds shards already")
+    pack(tmp_path, "0.x.PNG\tnew\n", fails="is there already")
     shards = [f"{tmp_path}/out/00000.tar"]
     captions, images = contents(shards, data.build_index(shards)[0])
     assert captions == ["ü 0\nb", "\ufffd", "c", "d"]
@@ -1679,7 +1680,7 @@ def test_keys_count_on_from_shard_to_shard(tmp_path):
 
 @pytest.mark.parametrize("line, says", [
     ("no tab here", "expected"),
-    ("0.png\t\udce4", "expected"),
+    ("0.png\t\udce4", "utf-8"),
     ("gone.png\tx", "No such file"),
     ("list.tsv\tx", "not one of webp")])
 def test_a_bad_line_of_the_list_is_named_by_its_number_before_work_starts(tmp_path, monkeypatch, line, says):
@@ -1861,11 +1862,11 @@ def test_two_ranks_give_the_metrics_of_one_and_fail_together(two_ranks):
 def test_logistic_regression_in_pieces_ends_where_the_gradient_of_the_whole_is_zero():
     x = torch.randn(9000, 4, generator=seeded())                        # three pieces
     y = torch.arange(9000) % 3
-    weights = evaluate.fit_logistic(x, y, 3, C=2e-3, average=x[0]).requires_grad_()
-    logits = (x.double() - x[0]) @ weights[:, :4].T + weights[:, 4]
+    weights = evaluate.fit_logistic(x, y, torch.zeros(3, 5).double(), C=2e-3).requires_grad_()
+    logits = x.double() @ weights[:, :4].T + weights[:, 4]
     penalty = weights[:, :4].square().sum() / 2
     loss = 2e-3 * F.cross_entropy(logits, y, reduction="sum") + penalty # scikit-learn's objective
-    assert torch.autograd.grad(loss, weights)[0].abs().max() < 1e-4
+    assert torch.autograd.grad(loss, weights)[0].abs().max() < 2e-4
 
 def test_a_linear_probe_learns_what_is_linear():
     features = F.normalize(torch.randn(300, 6, generator=seeded()), dim=-1)
@@ -1896,7 +1897,7 @@ def test_sugarcrepe_counts_the_images_that_are_nearer_to_their_caption(tmp_path)
 def test_features_that_are_not_finite_are_an_error_not_a_score():
     features = [torch.full((3, 16), math.nan)]
     with pytest.raises(ValueError, match="not finite"):
-        evaluate.collect(SMALL_CLIP[0], features, 3, 0, 1)
+        evaluate.collect(SMALL_CLIP[0], features, 3)
 
 def test_removed_patches_are_grey_and_slots_that_are_not_valid_hold_removed_ones():
     images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
