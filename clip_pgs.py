@@ -668,8 +668,8 @@ def make_optimizer(config, *modules):
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 # -----------------------------------------------------------------------------
-# One step. The loop, `train_epoch`, sets the learning rate and draws the noise, by the functions
-# below; `train_step` does the rest. As a run goes on, the learning rate changes, and alpha (how much
+# One step. The loop sets the learning rate and draws the noise (`take_step`), by the functions below;
+# `train_step` does the rest. As a run goes on, the learning rate changes, and alpha (how much
 # embeddings count in pgs and cluster), and at its end the masks may go. What None means here:
 #
 #     noise          this step sees whole images: --mask none, or the last, unmasked epochs
@@ -1255,6 +1255,19 @@ def rehearse(run, batch):
     run.train_step(config, run.clip, run.model, NoUpdate(run.clip), batch, noise, 0.0,
                    copy.deepcopy(run.ema), **more)
 
+def take_step(run, batch):
+    """The step that comes next, number run.step from 0 on: the learning rate, then what the step's
+    function returns."""
+    config = run.config
+    lr = learning_rate(config, run.step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    noise = None
+    if config.mask != "none" and run.step < run.masked_steps:
+        noise = step_noise(config, run.step, run.global_batch * config.views, run.device)
+    progress = run.step / run.total_steps
+    return lr, *run.train_step(config, run.clip, run.model, run.optimizer, batch, noise, progress, run.ema)
+
 def train_epoch(run, epoch, log, requests):
     """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of
     json. ValueError if too many samples do not decode; SystemExit if `requests` holds a signal on
@@ -1272,15 +1285,8 @@ def train_epoch(run, epoch, log, requests):
     for batch in bar:
         if batch.fault:
             raise OSError(batch.fault)
-        lr = learning_rate(config, run.step, run.total_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        noise = None
-        if config.mask != "none" and run.step < run.masked_steps:
-            noise = step_noise(config, run.step, run.global_batch * config.views, run.device)
-        numbers, keep, valid = run.train_step(config, run.clip, run.model, run.optimizer, batch, noise,
-                                              run.step / run.total_steps, run.ema)
-        if not losses and rank == 0 and (noise is not None or config.mask == "none"):
+        lr, numbers, keep, valid = take_step(run, batch)
+        if not losses and rank == 0 and (keep is not None or config.mask == "none"):
             first_view = batch.images if config.views == 1 else batch.images[0]
             evaluate.draw_masks(f"{config.out}/masks.png", first_view[:8], keep, valid, config.patch_size)
         if run.device.type == "cuda" and not run.rehearsed:  # AdamW's moments are now in memory, too
