@@ -348,7 +348,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
         if name == "cluster":  # E-CLIP, Wei et al., CVPR 2024: candidates are a few anchors
             candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, A)
             transport = False                       # E-CLIP has none
-        else:                  # CLIP-PGS
+        elif name == "pgs":    # CLIP-PGS
             strength = torch.zeros_like(proposal)
             if edges:
                 strength = sobel_edges(images.float(), patch_size)
@@ -618,7 +618,8 @@ def update_ema(ema, model, progress):
 
 # -----------------------------------------------------------------------------
 # Loss. To try another one, rewrite clip_loss. What it learns, such as the temperature, is a parameter
-# of CLIP, and CLIP.forward (and TwoViews.forward) returns it, so that DDP and --accum see it.
+# of CLIP; CLIP.forward and TwoViews.forward return all of it as one tensor, so that DDP and --accum
+# see it. `update` limits it, `step_numbers` logs it; older checkpoints lack a new one.
 
 ranks = evaluate.ranks  # (rank, world_size): (0, 1) without torchrun
 
@@ -744,8 +745,8 @@ def train_step(config, clip, model, optimizer, batch, noise, progress, ema=None)
     return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
 def update(config, clip, optimizer, ema, progress):
-    """AdamW's step, then the EMA's; returns the gradient's norm before clipping, None without
-    --grad-clip."""
+    """AdamW's step, after which the gradients are gone and the temperature is limited; then the EMA's.
+    Returns the gradient's norm before clipping, None without --grad-clip."""
     grad_norm = None
     if config.grad_clip:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -785,7 +786,7 @@ def backward_in_passes(model, features, num_passes, loss_of):
         found = [features(i) for i in range(num_passes)]
     *whole, scales = zip(*found)
     whole = [torch.cat(tensors).requires_grad_() for tensors in whole]   # (B, ...) each
-    scale = scales[0].requires_grad_()
+    scale = scales[0].detach().requires_grad_()
     loss = loss_of(*whole, scale)
     loss.backward()                                                      # as far as the features
     # Class tokens have no gradient without --contrast.
@@ -877,8 +878,8 @@ class Heads(nn.Module):
             self.teacher = copy.deepcopy(self.projector).requires_grad_(False)  # its EMA
 
     def forward(self, class_tokens, taught, decoded):
-        """The sum of the losses between the class tokens (B, 2, D) of two views, weighted as in
-        A-CLIP's release. taught (B, D): the EMA encoder's class tokens, for BYOL. All ranks
+        """SimCLR's loss of the class tokens (B, 2, D) of two views, plus BYOL's of both views: the
+        weights of A-CLIP's release. taught (B, D): the EMA encoder's class tokens, for BYOL. All ranks
         together, without the pairs that are not decoded (B,) bool; they have to be counted, so the
         CPU waits for the GPU."""
         decoded = gather(decoded)
@@ -889,7 +890,7 @@ class Heads(nn.Module):
             loss = loss + nt_xent(self.simclr(first), self.simclr(second))
         if "byol" in self.contrast:
             target = self.teacher(gather(taught)[decoded])
-            for view in (first, second):  # A-CLIP weighs the mean over both views by 2: their sum
+            for view in (first, second):
                 loss = loss + byol(self.predictor(self.projector(view)), target)
         return loss
 
@@ -923,9 +924,10 @@ def cut_attention(attention, boxes, side):
 
 @torch.no_grad()
 def choose_patches_of_views(config, visual, ema, views, around, boxes, noise, progress):
-    """As `choose_patches`, of views (2b, 3, H, W). The EMA encoder looks once at the pictures around
-    both views of an image, (b, 3, H, W), in which they lie in boxes (2b, 4); its attention is cut
-    to each view, and its class tokens (b, D), or None, are returned, too."""
+    """As `choose_patches`, of views (2b, 3, H, W), those of an image one after the other. The EMA
+    encoder looks once at the pictures around both views, (b, 3, H, W), in which they lie in boxes
+    (2b, 4); its attention is cut to each view, and its class tokens (b, D), or None, are returned,
+    too."""
     attention, taught = None, None
     if ema is not None and (noise is not None or "byol" in config.contrast):
         attention, taught = class_attention(ema, around, config.ema_size)
@@ -984,7 +986,7 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
     else:
         loss = backward_in_passes(model, features, config.accum, loss_of)
     grad_norm = update(config, clip, optimizer, ema, progress)
-    if "byol" in config.contrast:
+    if "byol" in config.contrast:  # the projector, too, has an EMA copy
         update_ema(heads.teacher, heads.projector, progress)
     keep, valid = joined(keep), joined(valid)
     numbers = step_numbers(config, clip, loss, grad_norm, keep, valid)

@@ -692,7 +692,7 @@ class Batch(NamedTuple):
     images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
     tokens: torch.Tensor   # (B, T) int64
     decoded: torch.Tensor  # (B,) bool; False, too, if a sample has no caption
-    boxes: torch.Tensor    # None; not with --views 2
+    boxes: torch.Tensor    # (2, B, 4) with --views 2, else None
     lost: list             # why samples did not decode, a str each
     fault: str             # what the disk said when it failed: the run has to stop; else ""
 
