@@ -13,14 +13,12 @@ import pickle
 import re
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from collections import Counter
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import fields
 from functools import partial
 from itertools import pairwise
@@ -33,9 +31,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import clip_pgs
@@ -544,13 +541,6 @@ def test_two_threads_give_the_same_gradients_every_time():
     for other in gradients[1:]:
         assert other.equal(gradients[0])
 
-def test_a_caption_s_feature_depends_on_its_tokens_up_to_the_end_and_on_nothing_after_it():
-    clip = random_clip(tiny())
-    tokens = torch.tensor([[598, 1, 2, 3, 599, 7, 0]])
-    clip.encode_text(tokens).sum().backward()
-    seen = clip.token_embedding.weight.grad.any(1).nonzero()
-    assert seen.flatten().tolist() == [1, 2, 3, 598, 599]
-
 def test_a_caption_s_feature_is_the_causal_transformer_s_last_output_for_it_alone():
     clip = random_clip(tiny())
     tokens = random_tokens(20)
@@ -645,7 +635,6 @@ def test_the_warm_up_takes_at_most_a_fifth_of_the_run():
 def test_the_noise_of_masks_follows_from_seed_and_step():
     def noise(seed, step):
         return clip_pgs.step_noise(tiny(seed=seed), step, 4, "cpu")
-    assert noise(0, 1).equal(noise(0, 1))
     assert not noise(0, 1).equal(noise(0, 2))
     assert not noise(0, 1).equal(noise(1, 1))
 
@@ -747,7 +736,6 @@ def test_logit_scale_never_exceeds_100():
 
 CARD = torch.device("lazy", 0)
 aten = torch.ops.aten
-OF_ONE_TYPE = (aten.mm, aten.addmm, aten.bmm, aten.index_copy)
 
 class PlayedCard(FakeTensorMode):
     """Plays a GPU. Tensors on CARD have a shape and a type but no values, those on the CPU are real,
@@ -766,8 +754,6 @@ class PlayedCard(FakeTensorMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if kwargs.get("device") != CARD and not any(isinstance(x, FakeTensor) for x in tensors):
             return func(*args, **kwargs)                                # all of it is on the CPU
-        if func.overloadpacket in OF_ONE_TYPE:                          # FakeTensor is less strict
-            assert len({x.dtype for x in tensors if x.is_floating_point()}) == 1, func
         if func is aten._local_scalar_dense.default:
             self.waits.append(func)
             return 1
@@ -792,40 +778,35 @@ class PlayedCard(FakeTensorMode):
                     return args[0][places.nonzero()[:, 0]]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-class PlayedAutocast(TorchFunctionMode):
-    """torch.autocast, which does not know CARD: what is a matrix product on a GPU gets bfloat16."""
-    def __init__(self, device_type, dtype=None, enabled=True):
-        self.enabled = enabled
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        products = ("linear", "matmul", "__matmul__", "scaled_dot_product_attention")
-        with torch._C.DisableTorchFunction():  # and with it an autocast around this one
-            if self.enabled and func.__name__ in products:
-                args = [x if x is None else x.bfloat16() for x in args]
-            return func(*args, **kwargs or {})
-
 @pytest.mark.parametrize("waits, changes", [(0, dict(mask=mask)) for mask in MASKS] + [
-    (0, dict(accum=2, grad_clip=1.0, precision="fp32")), (1, RANGE), (4, RANGE | dict(accum=2, edges=False)),
+    (0, dict(accum=2, grad_clip=1.0)), (1, RANGE), (4, RANGE | dict(accum=2, edges=False)),
     (0, dict(mask="attentive", views=2, ema_size=8)), (1, RANGE | dict(views=2)),
     (1, FULL | dict(contrast=("simclr",))), (2, FULL), (2, FULL | dict(accum=2))], ids=str)
 def test_a_step_on_a_gpu_mixes_no_devices_and_waits_as_it_says(monkeypatch, tmp_path, waits, changes):
-    monkeypatch.setattr(torch, "autocast", PlayedAutocast)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know CARD
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr))
-    config = tiny(**dict(precision="bf16") | changes)
+    config = tiny(**changes)
     batch = eight_pairs(config.views)
     with PlayedCard() as card:
         clip, model, optimizer, ema, heads = clip_pgs.build(config, {}, CARD)
         noise = torch.rand(8 * config.views, 2, 16, device=CARD)
         step = step_of(config, heads)
         card.waits.clear()
-        numbers, keep, valid = step(config, clip, model, optimizer, batch, noise, 0.5, ema)
+        _, keep, valid = step(config, clip, model, optimizer, batch, noise, 0.5, ema)
         assert len(card.waits) == waits, card.waits
-        assert numbers["loss"].dtype == torch.float32
         images = eight_pairs().images
         evaluate.draw_masks(tmp_path / "masks.png", images, keep, valid, 4)
         image_features = clip.encode_image(data.normalize(images.to(CARD)))
         text_features = clip.encode_text(batch.tokens)
         evaluate.retrieval_metrics(image_features, text_features, torch.arange(8, device=CARD))
+
+@pytest.mark.parametrize("changes", [RANGE, FULL], ids=str)
+def test_a_step_in_bf16_is_near_the_same_in_fp32(changes):
+    fp32, expected = one_step(tiny(**changes))
+    bf16, gradients = one_step(tiny(**changes, precision="bf16"))
+    assert bf16["loss"] != fp32["loss"]
+    assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.02)
+    assert F.cosine_similarity(gradients, expected, dim=0) > 0.98
 
 def test_attention_cut_by_a_box_of_whole_patches_is_a_slice():
     attention = rand(2, 64)
@@ -936,17 +917,15 @@ def read_log(folder):
 def outcome(module, arguments):
     """Exit status and errors of `python module.py arguments`, in this process, which keeps its
     command line and its signals."""
-    handlers = {number: signal.getsignal(number) for number in data.STOP_SIGNALS}
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(errors):
         patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        patch.setattr(signal, "signal", lambda *_: None)
         try:
             status = module.main() or 0
         except SystemExit as stopped:  # Python would print its line
             errors.write(f"{stopped.code}\n")
             status = 1
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return status, errors.getvalue()
 
 def command(*arguments, module=clip_pgs, fails=""):
@@ -993,8 +972,8 @@ def test_the_same_seed_gives_the_same_losses_to_the_last_digit_with_any_number_o
 
 @pytest.mark.parametrize("more", ["--text-tokens 4", "--mask attentive --views 2 --contrast simclr byol"])
 def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp_path, more):
-    whole = train(*more.split(), "--keep-epochs", "--ratio", 0.3, 0.5)
-    command("--resume", tmp_path / "out" / "epoch_1.pt", "--out", tmp_path / "rest")
+    whole = train(*more.split(), "--keep-epochs", "--workers", 1, "--ratio", 0.3, 0.5)
+    command("--resume", tmp_path / "out" / "epoch_1.pt", "--workers", 0, "--out", tmp_path / "rest")
     assert read_log(tmp_path / "rest") == whole[5:]
 
 def test_a_run_killed_before_its_evaluation_makes_up_for_it_and_drops_damaged_lines(train, tmp_path, capsys):
@@ -1125,18 +1104,18 @@ def test_slurm_tasks_without_torchrun_are_told_to_use_it(train, monkeypatch):
 ONE_THREAD = dict(cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
 LONG = ("--epochs", 6, "--save-every", 3, "--mask", "attentive", "--workers", 1)        # 30 steps
 
-def started(folder, *more):
+def started(folder, *more, stdout=subprocess.DEVNULL):
     """`python clip_pgs.py` in another process, which the demo model keeps busy for some seconds."""
-    arguments = options(folder, "--model", "demo", *more)
+    arguments = options(folder, "--model", "demo", "--out", folder / "out", *more)
     return subprocess.Popen([sys.executable, "clip_pgs.py", *arguments],
-                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **ONE_THREAD)
+                            stderr=subprocess.PIPE, stdout=stdout, **ONE_THREAD)
 
 @pytest.mark.parametrize("number, status, says", [
     (signal.SIGKILL, -9, ""), (signal.SIGTERM, 1, "stopped after step {} of 30; go on with --resume\n")])
 def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(train, tmp_path, number, status, says):
     whole = train("--model", "demo", *LONG, out="whole")
     log = tmp_path / "out" / "log.jsonl"
-    process = started(tmp_path, *LONG, "--out", tmp_path / "out")
+    process = started(tmp_path, *LONG)
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 7):
         time.sleep(0.002)
     process.send_signal(number)
@@ -1155,10 +1134,9 @@ def test_a_request_to_stop_is_heard_from_schedulers_and_closed_terminals():
 
 def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path):
     whole = train("--model", "demo", out="whole")
-    process = subprocess.Popen(
-        [sys.executable, "clip_pgs.py", *options(tmp_path, "--model", "demo", "--out", tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **ONE_THREAD)
+    process = started(tmp_path, stdout=subprocess.PIPE)
     process.stdout.close()                                              # as `| head -1` does
+    process.stderr.close()
     assert process.wait(timeout=60) == 0 and read_log(tmp_path / "out") == whole
 
 def test_resuming_a_run_that_is_longer_is_refused_and_leaves_its_log(train, tmp_path):
@@ -1195,19 +1173,24 @@ def test_ranks_with_other_shards_or_checkpoints_are_refused(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="steps done: 21 on rank 1, 0 on rank 0; all machines need the same"):
         clip_pgs.check_ranks_agree(tiny(), 0, index, "")
 
-@pytest.mark.parametrize("changes", [dict(mask="pgs", unmasked_epochs=1.0), RANGE, FULL], ids=str)
-def test_a_rehearsal_changes_nothing(tmp_path, changes):
-    """The step on whole images that a small card is to refuse at once, not at the end."""
-    draw_shards(tmp_path)
-    config = tiny(data=(f"{tmp_path}/*.tar",), out=str(tmp_path), batch_size=8, workers=0, **changes)
-    run = clip_pgs.prepare(config, {}, torch.device("cpu"))
-    batch = next(iter(clip_pgs.epoch_loader(run, 0, range(5))))
-    state = lambda: torch.cat([x.flatten().double() for module in (run.clip, run.heads, run.ema)
-                               if module is not None for x in module.state_dict().values()])
-    before, noise = state(), torch.get_rng_state()
-    clip_pgs.rehearse(run, batch)
-    assert state().equal(before) and torch.get_rng_state().equal(noise)
-    assert all(p.grad is None for p in run.clip.parameters())
+@pytest.mark.parametrize("more", [
+    "--unmasked-epochs 1",
+    "--ratio 0.25 0.75",
+    "--mask attentive --views 2 --contrast simclr byol --unmasked-epochs 1"])
+def test_a_rehearsal_changes_nothing(train, monkeypatch, more):
+    """The step that needs most memory, which a small card is to refuse at once, not at the end."""
+    whole = train(*more.split())
+    take_step = clip_pgs.take_step
+    rehearsed = []
+    no_update = clip_pgs.NoUpdate.step
+    monkeypatch.setattr(clip_pgs.NoUpdate, "step", lambda self: rehearsed.append(no_update(self)))
+
+    def rehearse_and_take_step(run, batch):
+        clip_pgs.rehearse(run, batch)
+        return take_step(run, batch)
+    monkeypatch.setattr(clip_pgs, "take_step", rehearse_and_take_step)
+    assert train(*more.split(), out="again") == whole
+    assert len(rehearsed) == 10
 
 def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
     draw_shards(tmp_path)
@@ -1391,7 +1374,6 @@ def test_an_epoch_shuffles_all_samples_and_yet_reads_its_shards_nearly_one_after
     order = data.epoch_order(index, seed=3, epoch=2)
     assert sorted(order.tolist()) == list(range(5000))
     assert (np.diff(order) != 1).mean() > 0.5
-    assert (order == data.epoch_order(index, 3, 2)).all()
     assert (order != data.epoch_order(index, 3, 1)).any()
     shards = index["shard"][order].reshape(50, 100)
     middles = shards[:, 10:90]  # the ends mix with their neighbours
@@ -1422,24 +1404,15 @@ def test_a_bug_while_a_picture_is_open_is_not_taken_for_a_damaged_picture(tmp_pa
     with pytest.raises(bug):
         batches(tmp_path)[0]
 
-def chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-LARGE = zlib.compress(bytes(3 * 2 ** 20))
-@pytest.mark.parametrize("extra", [
-    chunk(b"zTXt", b"key\0\0" + LARGE),
-    chunk(b"iTXt", b"key\0\1\0\0\0" + LARGE),
-    chunk(b"iCCP", b"key\0\0" + LARGE),
-    chunk(b"tEXt", b"key\0" + bytes(65 * 2 ** 20)),
-    b"".join(chunk(b"zTXt", b"%d\0\0" % i + zlib.compress(bytes(2 ** 20))) for i in range(70)),
-], ids=["zTXt", "iTXt", "iCCP", "tEXt", "many"])
-@pytest.mark.parametrize("place", [33, -12], ids=["before", "after"])  # the pixels
-def test_the_pixels_of_a_png_do_not_depend_on_its_texts_and_profiles(extra, place):
-    raw = noise_image()
-    raw = raw[:place] + extra + raw[place:]
-    with data.open_image(raw) as image:
-        pixels = np.asarray(data.to_rgb(image))
-    assert pixels.tobytes() == Image.open(io.BytesIO(noise_image())).tobytes()
+def test_the_pixels_of_a_png_do_not_depend_on_its_texts_and_profiles():
+    info = PngImagePlugin.PngInfo()                                     # each is more than Pillow accepts
+    info.add_text("a", "x" * 65 * 2 ** 20)
+    info.add_text("b", "x" * 3 * 2 ** 20, zip=True)
+    info.add_itxt("c", "x" * 3 * 2 ** 20, zip=True)
+    image = Image.open(io.BytesIO(noise_image()))
+    raw = encoded(image, pnginfo=info, icc_profile=bytes(3 * 2 ** 20))
+    with data.open_image(raw) as again:
+        assert data.to_rgb(again).tobytes() == image.tobytes()
 
 @pytest.mark.parametrize("dtype, scale", [
     ("uint16", 257), ("int32", 257), ("float32", 257), ("int32", 1)])
@@ -1451,14 +1424,13 @@ def test_greys_of_more_than_8_bits_keep_their_upper_8(dtype, scale):
 
 @pytest.mark.parametrize("palette", [False, True])
 def test_transparent_parts_lie_on_white_in_training(palette):
-    image = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 4, 8))  # black, its left half transparent
+    image = Image.new("RGBA", (2, 1))                                   # transparent black, then black
+    image.putpixel((1, 0), (0, 0, 0, 255))
     if palette:
         image = image.quantize(2)
     with data.open_image(encoded(image)) as image:
-        pixels = data.crops(image, np.array([[0, 0, 8, 8]]), 8)[0]
-    assert pixels[:, :, :3].min() > 250
-    assert pixels[:, :, 5:].max() < 5
+        seen = data.crops(image, np.array([[0, 0, 2, 1]]), 2)
+    assert (seen == torch.tensor([255, 0])).all()
 
 def test_training_and_show_masks_see_photographs_upright_and_evaluation_does_not(tmp_path):
     exif = Image.Exif()
@@ -1587,14 +1559,6 @@ def test_a_batch_holds_its_samples_and_what_does_not_decode_is_black_and_named(t
     assert batch.lost == ["cannot identify image file"]
     assert batch.boxes is None and batch.fault == ""
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_batches_come_through_workers_as_they_are(tmp_path, views):
-    made = batches(tmp_path, pairs(range(4), broken=[0]), config=tiny(views=views))
-    loader = torch.utils.data.DataLoader(made, batch_size=None, sampler=range(2), num_workers=1)
-    for number, batch in enumerate(loader):
-        for field, expected in zip(batch, made[number]):
-            assert torch.equal(field, expected) if torch.is_tensor(field) else field == expected
-
 def test_a_sample_has_the_same_crop_in_any_batch_and_another_in_another_epoch(tmp_path):
     first = batches(tmp_path, order=((0, 1, 2),))[0].images
     assert batches(tmp_path, order=((3, 2), (2, 0)))[1].images.equal(first[[2, 0]])
@@ -1701,20 +1665,6 @@ def test_on_a_full_disk_pack_ends_in_one_line_and_no_file_is_left_half_written(t
     assert sorted(os.listdir(tmp_path)) == ["0.png", "list.tsv"]
     assert (tmp_path / "0.png").read_bytes() == noise_image()
 
-def test_an_image_that_goes_away_after_the_check_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "list_lines", lambda path: [(f"{tmp_path}/gone.png", "x")])
-    with pytest.raises(ValueError, match=f"^{tmp_path}/gone.png: No such file"):
-        data.pack("list.tsv", f"{tmp_path}/out")
-
-@pytest.mark.parametrize("out", [".", "taken", "list.tsv"])
-def test_pack_leaves_alone_what_is_there(tmp_path, monkeypatch, out):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "notes").touch()
-    (tmp_path / "list.tsv").touch()
-    command("pack", "list.tsv", out, module=data, fails=out)
-    assert sorted(os.listdir(tmp_path)) == ["list.tsv", "taken"]
-
 def test_demo_scenes_are_the_same_every_time_and_no_two_alike_and_unseen_pairs_are_not_trained_on():
     train = [data.demo_sample("train", i) for i in range(300)]
     unseen = [data.demo_sample("unseen", i) for i in range(8)]
@@ -1768,6 +1718,7 @@ SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(voc
 @pytest.mark.parametrize("message, broken", [
     ("nshards.txt: missing", {"shards": ""}),
     ("nshards.txt: says 2, but the folder holds 1 tars", {"shards": "2"}),
+    ("nshards.txt: says 0, but the folder holds 1 tars", {"shards": "0"}),
     ("'a photo' lacks {c}", {"templates": "a {c}\na photo"}),
     ("000 has no .txt", {"kind": "retrieval"}),
     ("the label of 002.jpg is '2', but classnames.txt has 2 lines", {"classnames": "cat\ndog"}),
@@ -1776,12 +1727,6 @@ SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(voc
 def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
     folder = make_folder(tmp_path / "f", labelled(3), **broken)
     with pytest.raises(ValueError, match=f"^{folder}[^\n]*{re.escape(message)}"):
-        evaluate.read_folder(folder)
-
-def test_a_tar_that_nshards_txt_does_not_count_is_named_not_left_out(tmp_path):
-    folder = make_folder(tmp_path / "f", labelled(3))
-    write_shard(f"{folder}/test/1.tar", pairs([0]))
-    with pytest.raises(ValueError, match="/test/nshards.txt: says 1, but the folder holds 2 tars"):
         evaluate.read_folder(folder)
 
 def test_evaluation_reads_equal_keys_bytes_order_marks_and_u_fffd_and_passes_over_hidden_files(tmp_path):
@@ -1839,8 +1784,8 @@ def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_re
 
 def test_retrieval_finds_an_image_if_fewer_than_k_are_nearer_and_a_caption_if_any_of_its_own_is_found():
     owner = torch.arange(30).repeat_interleave(torch.arange(30) % 7 + 1)
-    images = F.normalize(torch.randn(30, 8, generator=seeded()), dim=-1)
-    noise = torch.randn(len(owner), 8, generator=seeded(1))
+    images = F.normalize(randn(30, 8), dim=-1)
+    noise = randn(len(owner), 8, seed=1)
     texts = F.normalize(images[owner] + noise, dim=-1)
     scores = images @ texts.T                                           # (30, captions)
     of_owner = scores[owner, range(len(owner))]
@@ -1860,7 +1805,7 @@ def test_two_ranks_give_the_metrics_of_one_and_fail_together(two_ranks):
         assert torch.load(two_ranks / f"rank_{rank}.pt")[1] == pytest.approx(expected)
 
 def test_logistic_regression_in_pieces_ends_where_the_gradient_of_the_whole_is_zero():
-    x = torch.randn(9000, 4, generator=seeded())                        # three pieces
+    x = randn(9000, 4)                        # three pieces
     y = torch.arange(9000) % 3
     weights = evaluate.fit_logistic(x, y, torch.zeros(3, 5).double(), C=2e-3).requires_grad_()
     logits = x.double() @ weights[:, :4].T + weights[:, 4]
@@ -1869,7 +1814,7 @@ def test_logistic_regression_in_pieces_ends_where_the_gradient_of_the_whole_is_z
     assert torch.autograd.grad(loss, weights)[0].abs().max() < 2e-4
 
 def test_a_linear_probe_learns_what_is_linear():
-    features = F.normalize(torch.randn(300, 6, generator=seeded()), dim=-1)
+    features = F.normalize(randn(300, 6), dim=-1)
     labels = features[:, :3].argmax(1)
     train, test = features.split(200)
     accuracy, _, _ = evaluate.linear_probe(train, labels[:200], test, labels[200:], 3)
@@ -1910,26 +1855,20 @@ def test_removed_patches_are_grey_and_slots_that_are_not_valid_hold_removed_ones
 def test_of_paths_as_many_last_parts_are_shown_as_tell_them_apart():
     assert evaluate.tell_apart(["x/val/", "y/test", "y/test"]) == {"x/val/": "val", "y/test": "test"}
     assert evaluate.tell_apart(["a/x/val", "b/x/val"]) == {"a/x/val": "a/x/val", "b/x/val": "b/x/val"}
-    results = {"a/val": {"acc1": 0.5, "acc5": 1.0}, "b/val": {"acc1": 0.25}, "c/val": {"failed": "why"}}
-    assert evaluate.first_metrics(results) == {"a/val acc1": 0.5, "b/val acc1": 0.25}
-
-def write_log(path, slope):
-    """A run of 100 steps and two evaluations, whose log got a damaged end."""
-    lines = [{"step": i, "epoch": 1 + i // 50, "loss": 5 - slope * i / 50} for i in range(1, 101)]
-    for epoch in (1, 2):
-        results = {"pets": {"acc1": slope * epoch / 4}}
-        lines.append({"step": 50 * epoch, "epoch": epoch, "loss": 1, "eval": results})
-    path.parent.mkdir(parents=True)
-    path.write_text("\n".join(map(json.dumps, lines)) + "\nbroken\n\0")
 
 def test_curves_show_losses_and_metrics_of_several_runs_and_drop_damaged_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_log(tmp_path / "a" / "run" / "log.jsonl", 1.0)
-    write_log(tmp_path / "b" / "run" / "log.jsonl", 0.5)
-    command("--curves", "a/run/log.jsonl", "b/run/log.jsonl", module=evaluate)
+    for run, top in {"a": 1.0, "b": 0.5}.items():
+        os.mkdir(run)
+        lines = []
+        for i in range(101):
+            results = {"pets": {"acc1": top * i / 100}}
+            lines.append(json.dumps({"step": i, "epoch": i, "loss": 5 - top * i / 50, "eval": results}))
+        Path(run, "log.jsonl").write_text("\n".join([*lines, "broken", "\0"]))
+    command("--curves", "a/log.jsonl", "b/log.jsonl", module=evaluate)
     printed = capsys.readouterr().out
-    assert "| a/run |     50.00 |" in printed
-    assert "a/run/log.jsonl: 2 damaged lines dropped" in printed
+    assert "| a |    100.00 |" in printed
+    assert "a/log.jsonl: 2 damaged lines dropped" in printed
     pixels = np.asarray(Image.open("curves.png")).astype(int)
     for left in (51, 471):                                              # coloured curves across both panels
         colour = np.ptp(pixels[41:290, left:left + 349], axis=-1)
@@ -1993,12 +1932,6 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
     for key, x in model.state_dict().items():
         assert x.allclose(state[key], 0, 1e-3)
 
-def test_a_checkpoint_of_a_model_without_a_name_is_read_again(tmp_path):
-    config = tiny(model=[128, 2, 64, 2, 16], vocab_size=514)
-    checkpoint = {"model": SMALL_CLIP[0].state_dict(), "config": vars(config), "merges": ""}
-    torch.save(checkpoint, tmp_path / "a.pt")
-    assert evaluate.load(tmp_path / "a.pt")[2] == config
-
 class Evil:
     def __reduce__(self):  # a pickle of it makes a folder when it is loaded
         return os.mkdir, ("pwned",)
@@ -2023,9 +1956,11 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(tmp_path, monkeypatch, 
 
 @pytest.fixture
 def evaluation(tmp_path):
-    """evaluation(options): evaluate.py on a checkpoint of SMALL_CLIP, what it writes to x.json."""
+    """evaluation(options): evaluate.py on a checkpoint of SMALL_CLIP, what it writes to x.json. Its
+    model has sizes for a name, as of weights made elsewhere: another process knows no tiny."""
     model, _, config = SMALL_CLIP
-    checkpoint = {"model": model.state_dict(), "config": vars(config), "merges": ""}
+    options = vars(config) | {"model": clip_pgs.SIZES["tiny"]}
+    checkpoint = {"model": model.state_dict(), "config": options, "merges": ""}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     path = tmp_path / "x.json"
 
@@ -2045,14 +1980,10 @@ def test_the_command_makes_a_table_with_an_average_json_and_pictures(evaluation,
     assert printed[-1].split()[1:4] == ["average", "|", f"{average:.2f}"]
     assert sorted(os.listdir(tmp_path / "pictures")) == ["a_val.png", "b_val.png"]
 
-def test_a_folder_that_fails_is_a_row_the_others_go_on_and_the_exit_status_is_1(evaluation, tmp_path, capsys):
+def test_a_folder_that_fails_is_a_row_and_the_exit_status_is_1(evaluation, tmp_path, capsys):
     bad = make_folder(tmp_path / "bad", [{"jpg": b"no picture", "cls": b"0"}])
-    good = make_folder(tmp_path / "good", labelled(3))
-    status, _ = outcome(evaluate, [tmp_path / "ckpt.pt", "--data", bad, good, "--json", tmp_path / "x.json"])
+    status, _ = outcome(evaluate, [tmp_path / "ckpt.pt", "--data", bad])
     assert status == 1
-    results = json.loads((tmp_path / "x.json").read_text())
-    assert "000.jpg does not decode" in results[bad]["failed"]
-    assert "acc1" in results[good]
     assert f"{bad} | failed: {bad}/test/0.tar: " in capsys.readouterr().out
 
 @pytest.mark.parametrize("more, says", [
@@ -2071,13 +2002,6 @@ def test_what_is_missing_is_refused_before_the_first_folder(
         (tmp_path / "questions" / f"{kind}.json").write_text(json.dumps({"0": question}))
     evaluation("--data", folder, "--pictures", "mistakes", *more.split(), fails=says)
     assert capsys.readouterr().out == "" and not os.path.exists("mistakes/no_train.png")
-
-def test_on_a_full_disk_the_file_that_could_not_be_written_is_named(evaluation, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda *_: exec('raise OSError(28, "No space left on device")'))
-    folder = make_folder(tmp_path / "f", labelled(3))
-    evaluation("--data", folder, fails=r"x.json: could not be written \(No space")
-    with pytest.raises(OSError, match="a.png: could not be written"):
-        evaluate.sheet(f"{tmp_path}/a.png", [(torch.zeros(3, 8, 8).byte(), "")], 1)
 
 def test_once_a_stop_is_requested_no_other_folder_is_begun(tmp_path):
     folder = make_folder(tmp_path / "f", labelled(3))
@@ -2102,11 +2026,7 @@ def test_evaluation_works_with_its_output_closed(evaluation, tmp_path, monkeypat
     folder = make_folder(tmp_path / "f", labelled(3))
     assert "acc1" in evaluation("--data", folder)[folder]
 
-def test_evaluation_needs_neither_fcntl_nor_pread(tmp_path):
-    model, _, config = SMALL_CLIP
-    options = vars(config) | {"model": clip_pgs.SIZES["tiny"]}          # the other process knows no tiny
-    checkpoint = {"model": model.state_dict(), "config": options, "merges": ""}
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
+def test_evaluation_needs_neither_fcntl_nor_pread(evaluation, tmp_path):
     folder = make_folder(tmp_path / "f", labelled(3))
     program = "import os, sys; sys.modules['fcntl'] = None; del os.pread; import evaluate; evaluate.main()"
     arguments = [sys.executable, "-c", program, str(tmp_path / "ckpt.pt"), "--data", folder]
