@@ -610,11 +610,11 @@ def class_attention(visual, images, size=0):
 
 @torch.no_grad()
 def update_ema(ema, model, progress):
-    """Moves the EMA weights towards the model's; momentum 0.996 -> 1 by a cosine as progress goes
-    0 -> 1."""
-    momentum = 1 - (1 - 0.996) * (math.cos(math.pi * progress) + 1) / 2
+    """Moves the EMA weights towards the model's. The rate falls from 0.004 to 0 by a cosine as progress
+    goes 0 -> 1 (A-CLIP: momentum 0.996 -> 1)."""
+    rate = 0.004 * (math.cos(math.pi * progress) + 1) / 2
     for average, weight in zip(ema.parameters(), model.parameters()):
-        average.lerp_(weight, 1 - momentum)
+        average.lerp_(weight, rate)
 
 # -----------------------------------------------------------------------------
 # Loss. To try another one, rewrite clip_loss. What it learns, such as the temperature, is a parameter
