@@ -472,13 +472,13 @@ def read_log(path):
     return records
 
 def plot(draw, left, title, series):
-    """Draws a panel with numbered axes; series: (color, x, y), y (N,) of a line, (2, N) of a band, as
-    study.py has for the spread over seeds."""
+    """Draws a panel with numbered axes and the lines of series, (color, x, y), y (N,). Returns the
+    functions from values to pixels, of x and of y."""
     all_x = np.concatenate([x for _, x, _ in series])
-    all_y = np.concatenate([y.ravel() for _, _, y in series])
+    all_y = np.concatenate([y for _, _, y in series])
     x_range = (all_x.min(), all_x.max())
     y_range = (all_y.min(), all_y.max())
-    across = partial(np.interp, xp=x_range, fp=(left + 50, left + 400))  # from values to pixels
+    across = partial(np.interp, xp=x_range, fp=(left + 50, left + 400))
     down = partial(np.interp, xp=y_range, fp=(290, 40))
     for tick in np.linspace(*y_range, 5):
         draw.line((left + 50, down(tick), left + 400, down(tick)), "#d0d0d0")
@@ -486,13 +486,9 @@ def plot(draw, left, title, series):
     for tick in np.unique(np.linspace(*x_range, 5).round()):  # steps and epochs are whole numbers
         draw.text((across(tick), 296), f"{tick:.0f}", "black", anchor="mt", font_size=11)
     for color, x, y in series:
-        if y.ndim == 1:
-            draw.line(list(zip(across(x), down(y))), color, 2)
-        else:  # there along one edge of the band, and back along the other
-            there = list(zip(across(x), down(y[0])))
-            back = list(zip(across(x), down(y[1])))[::-1]
-            draw.polygon(there + back, color)
+        draw.line(list(zip(across(x), down(y))), color, 2)
     draw.text((left + 50, 20), title, "black", font_size=11)
+    return across, down
 
 def tell_apart(paths):
     """{path: its last part}, or as many of its last parts as tell all paths apart."""
@@ -668,8 +664,8 @@ def load(path, vocab="", quick_gelu=False):
 def evaluate(model, tokenizer, config, folder, workers=4, probe=False, pictures="", name=""):
     """The metrics of a folder, {CLIP_benchmark's name: value in [0, 1]}; all ranks call it together.
     probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG. name: what
-    to call the folder in the progress bar and among the pictures, if not by its last part."""
-    name = name or tell_apart([folder])[folder]
+    to call the folder in the progress bar and among the pictures, if not by its path."""
+    name = name or folder
     picture = pictures and f"{pictures}/{name.replace('/', '_')}.png"
     test = read_folder(folder)
     images = embed_images(model, test.samples, config, workers, name)

@@ -432,50 +432,50 @@ def table(options):
 
 
 def curves_over_epochs(found):
-    """Bands and lines for evaluate.plot, and their legend: the mean of acc1 with 64 patches and its standard
-    deviation over seeds."""
-    bands, lines, legend = [], [], []
+    """[(text of the legend, color, x, y, half width of the band)]: the mean of acc1 with 64 patches and its
+    standard deviation over seeds."""
+    curves = []
     epochs = np.arange(1, EPOCHS + 1)
     for name, color in COLORS.items():
         key = newest(found, 8, name)
         if key and len(found[key]) > 1:
-            curves = np.array([*found[key].values()])
-            mean = curves.mean(0)
-            spread = curves.std(0, ddof=1)
-            bands.append((color + "38", epochs, np.stack([mean - spread, mean + spread])))
-            lines.append((color, epochs, mean))
-            legend.append((f"{name}, {len(curves)} seeds", color))
-    return bands + lines, legend
+            acc1 = np.array([*found[key].values()])
+            curves.append((f"{name}, {len(acc1)} seeds", color, epochs, acc1.mean(0), acc1.std(0, ddof=1)))
+    return curves
 
 
 def lines_over_patches(found):
     """The same for acc1 minus random and its standard error over the number of patches: of masks that have
     results by the present rule at each."""
-    bands, lines, legend = [], [], []
-    sizes = [num_patches(patch_size) for patch_size in PATCH_SIZES]
+    curves = []
+    sizes = np.array([num_patches(patch_size) for patch_size in PATCH_SIZES])
     for name, color in COLORS.items():
         points = [minus_random(found, (patch_size, RULE, name)) for patch_size in PATCH_SIZES]
         if None not in points:
             mean, error = np.array(points).T
-            bands.append((color + "38", sizes, np.stack([mean - error, mean + error])))
-            lines.append((color, sizes, mean))
-            legend.append((name, color))
-    return bands + lines, legend
+            curves.append((name, color, sizes, mean, error))
+    return curves
 
 
 def draw(found):
     """Writes study.png: acc1 over epochs and, when there are results of it, minus random over patches."""
-    panels = [
-        ("acc1, %, 64 patches, over epochs, the last one on whole images", *curves_over_epochs(found)),
-        ("acc1 minus random after the last epoch, over the number of patches", *lines_over_patches(found)),
-    ]
-    panels = [panel for panel in panels if len(panel[2]) > 1]  # random alone is no comparison
+    panels = {
+        "acc1, %, 64 patches, over epochs, the last one on whole images": curves_over_epochs(found),
+        "acc1 minus random after the last epoch, over the number of patches": lines_over_patches(found),
+    }
+    panels = {title: curves for title, curves in panels.items() if len(curves) > 1}  # random is no comparison
     image = Image.new("RGB", (430 * len(panels), 330 + 16 * len(COLORS)), "white")
-    canvas = ImageDraw.Draw(image, "RGBA")  # the last two digits of a band's color are its alpha
-    for number, (title, series, legend) in enumerate(panels):
+    canvas = ImageDraw.Draw(image, "RGBA")  # the last two digits of a color are its opacity
+    for number, (title, curves) in enumerate(panels.items()):
         left = 430 * number
-        evaluate.plot(canvas, left, title, series)
-        for row, (text, color) in enumerate(legend):
+        series = []
+        for _, color, x, y, width in curves:
+            series += [(color + "00", x, y - width), (color + "00", x, y + width), (color, x, y)]
+        across, down = evaluate.plot(canvas, left, title, series)
+        for row, (text, color, x, y, width) in enumerate(curves):
+            there = list(zip(across(x), down(y + width)))  # along one edge of the band,
+            back = list(zip(across(x), down(y - width)))[::-1]  # and back along the other
+            canvas.polygon(there + back, color + "38")
             canvas.text((left + 50, 320 + 16 * row), text, color, font_size=12)
     image.save(PICTURE)
 
