@@ -259,7 +259,7 @@ def sinkhorn_scaling(similarity):
     halves the error, as a kernel of cosines is positive semi-definite."""
     kernel = ((similarity.float() - 1) / EPS).exp()  # (B, L, L) between exp(-2 / EPS) and 1: never 0
     u = torch.ones_like(kernel[..., :1])                  # (B, L, 1)
-    for _ in range(20):
+    for _ in range(20):                                   # rows then sum to 1 within 1e-3
         u = (u / (kernel @ u)).sqrt()
     return u.log()
 
@@ -1268,7 +1268,9 @@ def take_step(run, batch):
     if config.mask != "none" and run.step < run.masked_steps:
         noise = step_noise(config, run.step, run.global_batch * config.views, run.device)
     progress = run.step / run.total_steps
-    return lr, *run.train_step(config, run.clip, run.model, run.optimizer, batch, noise, progress, run.ema)
+    numbers, keep, valid = run.train_step(config, run.clip, run.model, run.optimizer, batch, noise,
+                                          progress, run.ema)
+    return lr, numbers, keep, valid
 
 def train_epoch(run, epoch, log, requests):
     """The losses of the steps to the end of the epoch; each adds its record to `log`, a line of
