@@ -989,12 +989,7 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
     if "byol" in config.contrast:  # the projector, too, has an EMA copy
         update_ema(heads.teacher, heads.projector, progress)
     keep, valid = joined(keep), joined(valid)
-    numbers = step_numbers(config, clip, loss, grad_norm, keep, valid)
-    if keep is not None:
-        keep = keep[::2]    # the picture of masks shows the first view
-    if valid is not None:
-        valid = valid[::2]
-    return numbers, keep, valid
+    return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
 # -----------------------------------------------------------------------------
 # The run: everything around the steps. Order, crops and masks depend only on seed and step. So no
@@ -1045,10 +1040,8 @@ def claim(config):
         holds = "ckpt.pt"
         if "merges" in then:
             holds = f"run (mask {then['config']['mask']}, step {then['step']})"
-        way = "go on by --resume, or name another --out"
-        if config.resume:
-            way = f"--resume alone goes on with it; to go on from {config.resume} name another --out"
-        raise ValueError(f"--out {config.out}: holds a {holds}; {way}")
+        raise ValueError(f"--out {config.out}: holds a {holds}; go on with it by --resume alone, or name "
+                         "another --out")
     return lock
 
 def load_data(config):
@@ -1229,16 +1222,6 @@ def over_ranks(values, device):
         dist.all_reduce(values)
     return values.tolist()
 
-class NoUpdate:
-    """In place of an optimizer: forgets the gradients and changes nothing."""
-    param_groups = ()
-
-    def __init__(self, clip):
-        self.zero_grad = clip.zero_grad
-
-    def step(self):
-        """Does nothing."""
-
 def rehearse(run, batch):
     """Makes the step of this run that needs most memory, without an update: one on whole images,
     if the run ends with them, or one that keeps as much as its range allows. A card that is too
@@ -1254,8 +1237,8 @@ def rehearse(run, batch):
     more = {}
     if config.views == 2:
         more["heads"] = copy.deepcopy(run.heads)  # for the statistics of batch norm
-    run.train_step(config, run.clip, run.model, NoUpdate(run.clip), batch, noise, 0.0,
-                   copy.deepcopy(run.ema), **more)
+    no_update = torch.optim.SGD(run.clip.parameters(), lr=0.0)
+    run.train_step(config, run.clip, run.model, no_update, batch, noise, 0.0, copy.deepcopy(run.ema), **more)
 
 def take_step(run, batch):
     """The step that comes next, number run.step from 0 on: the learning rate, then what the step's
@@ -1291,8 +1274,10 @@ def train_epoch(run, epoch, log, requests):
             raise OSError(batch.fault)
         lr, numbers, keep, valid = take_step(run, batch)
         if not losses and rank == 0 and (keep is not None or config.mask == "none"):
-            first_view = batch.images if config.views == 1 else batch.images[0]
-            evaluate.draw_masks(f"{config.out}/masks.png", first_view[:8], keep, valid, config.patch_size)
+            seen = batch.images
+            if config.views == 2:
+                seen = seen[:2].transpose(0, 1).flatten(0, 1)  # both views of an image side by side
+            evaluate.draw_masks(f"{config.out}/masks.png", seen[:8], keep, valid, config.patch_size)
         if run.device.type == "cuda" and not run.rehearsed:  # AdamW's moments are now in memory, too
             rehearse(run, batch)
             run.rehearsed = True

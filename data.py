@@ -219,11 +219,8 @@ def index_shard(path, number):
             rows.append((number, *images[0], *text, "txt" not in files))
             continue
         pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        for name in pictures:
-            cause = "no caption"
-            if "." in name:  # photo.1.jpg and photo.2.jpg are one sample `photo`, without a jpg
-                cause += " (a key ends at the first dot of the file name)"
-            lost.append((cause, f"{key}.{name}"))
+        for name in pictures:  # photo.1.jpg and photo.2.jpg are one sample `photo`, without a jpg
+            lost.append(("no caption (a key ends at the first dot of the file name)", f"{key}.{name}"))
         if not pictures:
             lost.append(("no image", key))
     if fault:
@@ -810,14 +807,11 @@ def list_lines(path):
 
 def list_samples(path):
     """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative
-    to its folder. Lines of one image that follow each other are one sample. ValueError if it fails."""
+    to its folder. Lines of one image that follow each other are one sample. ValueError for a bad line."""
     for image, lines in groupby(list_lines(path), lambda line: line[0]):
         captions = [caption for _, caption in lines]
-        try:
-            with open(image, "rb") as file:
-                raw = file.read()
-        except OSError as error:
-            raise ValueError(f"{image}: {error.strerror}") from None
+        with open(image, "rb") as file:
+            raw = file.read()
         extension = image.rpartition(".")[2].lower()
         yield {extension: raw, "txt": "\n".join(captions).encode()}
 

@@ -531,12 +531,11 @@ def draw_curves(path, logs):
             raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
         for title, points in curves.items():
             x, y = np.array(points).T
-            window = max(1, len(x) // 40)
+            window = max(1, len(x) // 40)  # a moving average: the loss of a step alone jumps
             smooth = np.convolve(y, np.ones(window) / window, "valid")
-            panels[title].append((color + "50", x, y))  # pale: the last two digits are the opacity
             panels[title].append((color, x[window - 1:], smooth))
     image = Image.new("RGB", (420 * len(panels), 330 + 16 * len(last)), "white")
-    draw = ImageDraw.Draw(image, "RGBA")
+    draw = ImageDraw.Draw(image)
     for number, title in enumerate(panels):
         plot(draw, 420 * number, title, panels[title])
     for number, (run, color) in enumerate(zip(last, cycle(COLORS))):

@@ -1182,8 +1182,8 @@ def test_a_rehearsal_changes_nothing(train, monkeypatch, more):
     whole = train(*more.split())
     take_step = clip_pgs.take_step
     rehearsed = []
-    no_update = clip_pgs.NoUpdate.step
-    monkeypatch.setattr(clip_pgs.NoUpdate, "step", lambda self: rehearsed.append(no_update(self)))
+    no_update = torch.optim.SGD.step  # with a learning rate of 0
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rehearsed.append(no_update(self)))
 
     def rehearse_and_take_step(run, batch):
         clip_pgs.rehearse(run, batch)
@@ -1340,7 +1340,6 @@ def test_a_broken_shard_costs_itself_and_a_warning_if_few_are(tmp_path):
             data.build_index(shards, max_bad=0.05, folder=folder)
 
 @pytest.mark.parametrize("name, says", [
-    ("lonely.png", "1 with no caption, such as lonely.png"),
     ("mute.txt", "1 with no image, such as mute"),
     ("img.v2.png", r"1 with no caption \(a key ends at the first dot .*\), such as img.v2.png")])
 def test_samples_without_a_partner_count_as_lost_and_one_is_named(tmp_path, name, says):
