@@ -96,9 +96,10 @@ def message(error):
     return ""
 
 # A request to stop, or a warning that the job's time ends, as schedulers send them.
-STOP_SIGNALS = [getattr(signal, name)
-                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-                if hasattr(signal, name)]  # Windows has but the first two
+STOP_SIGNALS = []
+for name in "SIGINT SIGTERM SIGQUIT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split():
+    if hasattr(signal, name):  # Windows has but the first two
+        STOP_SIGNALS.append(getattr(signal, name))
 
 def ignore_signals(*_):
     """For helper processes: a signal to stop is for the training loop, which still needs its batch."""

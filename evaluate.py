@@ -549,8 +549,9 @@ def draw_curves(path, logs):
 
 # The types in .safetensors, and what torch calls them.
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
-         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-         "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+         "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+         "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"}
 
 # Trainers store numbers of NumPy, too: a learning rate of open_clip's is one. torch.load takes them
 # for code unless it is told the parts they are made of, one of which NumPy 2 has renamed.
@@ -568,9 +569,9 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        if entry["dtype"] not in TYPES:
+        dtype = getattr(torch, TYPES.get(entry["dtype"], ""), None)  # F8_E8M0 came with torch 2.7
+        if dtype is None:
             raise NotImplementedError(f"{name} is of type {entry['dtype']}, which is not read here")
-        dtype = getattr(torch, TYPES[entry["dtype"]])
         # A copy, as numbers have to begin at a multiple of their size in memory.
         tensors[name] = content[first:last].clone().view(dtype).view(entry["shape"])
     return tensors

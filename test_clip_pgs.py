@@ -1130,7 +1130,7 @@ def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(train, tmp_p
 
 def test_a_request_to_stop_is_heard_from_schedulers_and_closed_terminals():
     names = {number.name for number in data.STOP_SIGNALS}
-    assert names == {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    assert names == {"SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
 
 def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path):
     whole = train("--model", "demo", out="whole")
