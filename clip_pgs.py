@@ -1201,6 +1201,13 @@ def open_log(path, step):
         file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)
     return open(path, "a", buffering=1)
 
+def write_record(log, record):
+    """Adds a line of json to the log. OSError that names its file if it can't be."""
+    try:
+        log.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"{log.name}: {error.strerror}") from None
+
 def epoch_loader(run, epoch, steps):
     """A DataLoader of this rank's batches `steps`, a range, of an epoch."""
     config = run.config
@@ -1301,7 +1308,7 @@ def train_epoch(run, epoch, log, requests):
         if lost == run.global_batch or num_lost > allowed:
             raise ValueError(f"{skipped_lines(epoch, num_lost, num_read, causes)}\n"
                              f"more than --max-bad {config.max_bad}, or a batch without a pair")
-        log.write(json.dumps(run.record) + "\n")
+        write_record(log, run.record)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
         if due:
             save(run, "ckpt.pt")
@@ -1398,7 +1405,7 @@ def train(config, state, device):
         if len(results) < len(config.val):  # a request to stop; --resume makes this evaluation anew
             stop(run)
         if results:
-            log.write(json.dumps(run.record | dict(eval=results)) + "\n")
+            write_record(log, run.record | dict(eval=results))
         if run.step < run.total_steps and over_ranks([len(requests)], run.device)[0]:
             stop(run)
         if rank > 0:

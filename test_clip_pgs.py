@@ -1139,6 +1139,13 @@ def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path):
     process.stderr.close()
     assert process.wait(timeout=60) == 0 and read_log(tmp_path / "out") == whole
 
+def test_a_full_disk_is_named_with_the_log(train, monkeypatch):
+    log = io.StringIO()
+    log.name = "out/log.jsonl"
+    log.write = full_disk
+    monkeypatch.setattr(clip_pgs, "open_log", lambda *_: log)
+    train(fails="out/log.jsonl: No space left on device")
+
 def test_resuming_a_run_that_is_longer_is_refused_and_leaves_its_log(train, tmp_path):
     before = train("--steps", 4)
     train("--steps", 2, "--resume", fails="step 4 is done, 2 were asked for")
