@@ -431,12 +431,6 @@ def test_cluster_scores_by_the_nearest_anchor(scenes, scores):
         anchors = scenes["noise"][row, 0].argsort(descending=True)[:6]  # 3 % of 196 patches: six
         assert scores[0][row].equal(S[row, anchors].amax(0))
 
-@pytest.mark.parametrize("mask, least", [("cluster", 34), ("pgs", 24)])
-def test_two_draws_of_a_mask_differ(scenes, mask, least):
-    first = removed(mask, scenes, alpha=0)
-    second = removed(mask, scenes, alpha=0, noise=rand(60, 2, 196, seed=1))
-    assert mean_difference(first, second) > least
-
 @pytest.mark.parametrize("mask, switch, least", [
     ("pgs", dict(edges=False), 5), ("pgs", dict(transport=False), 1.5), ("pgs", dict(embeddings=None), 2.5),
     ("cluster", dict(embeddings=None), 2.5)])
@@ -674,19 +668,12 @@ def one_step(config, step=None, batch=None, noise=None):
     gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
     return numbers, torch.cat(gradients)
 
-@pytest.mark.parametrize("changes", [dict(mask="pgs"), RANGE, FULL], ids=["fixed", "range", "A-CLIP"])
+@pytest.mark.parametrize("changes", [dict(mask="none"), dict(mask="attentive"), RANGE, FULL], ids=str)
 def test_many_small_passes_make_the_loss_and_gradients_of_one_large_batch(changes):
     whole, expected = one_step(tiny(**changes))
     passes, gradients = one_step(tiny(**changes, accum=4))
     assert passes == pytest.approx(whole, abs=1e-5)
     assert gradients.allclose(expected, atol=1e-5)
-
-@pytest.mark.parametrize("changes", [dict(mask="none"), dict(mask="attentive"), RANGE], ids=str)
-def test_many_passes_with_one_pass_give_the_plain_step_s_gradients_to_the_last_digit(changes):
-    plain, expected = one_step(tiny(**changes))
-    passes, gradients = one_step(tiny(**changes), clip_pgs.train_step_in_passes)
-    assert passes == plain
-    assert gradients.equal(expected)
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_two_equal_views_give_the_plain_step_s_loss_and_gradients(mask):
@@ -1052,9 +1039,6 @@ def test_a_fresh_start_never_overwrites_weights_that_are_no_run_s(train, tmp_pat
     torch.save({"config": {}}, tmp_path / "ckpt.pt")
     train(out=".", fails="--out .*: holds a ckpt.pt; ")
 
-def test_resume_starts_afresh_where_there_is_nothing_to_go_on_with(train):
-    assert len(train("--steps", 1, "--resume")) == 1
-
 def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path):
     train("--steps", 3)
     with open(tmp_path / "out" / ".lock", "w") as lock:
@@ -1091,12 +1075,6 @@ def test_init_starts_from_weights_with_a_new_optimizer_and_another_image_size(tr
     for name, x in old["model"].items():
         assert new["model"][name].equal(x)
 
-def test_bf16_on_a_cpu_is_near_fp32(train):
-    fp32 = [record["loss"] for record in train("--precision", "fp32")]
-    bf16 = [record["loss"] for record in train("--precision", "bf16", out="bf16")]
-    assert bf16 != fp32
-    assert bf16 == pytest.approx(fp32, abs=0.05)
-
 def test_slurm_tasks_without_torchrun_are_told_to_use_it(train, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
     train(fails="SLURM_NTASKS.*torchrun")
@@ -1111,7 +1089,7 @@ def started(folder, *more, stdout=subprocess.DEVNULL):
                             stderr=subprocess.PIPE, stdout=stdout, **ONE_THREAD)
 
 @pytest.mark.parametrize("number, status, says", [
-    (signal.SIGKILL, -9, ""), (signal.SIGTERM, 1, "stopped after step {} of 30; go on with --resume\n")])
+    (signal.SIGKILL, -9, ""), (signal.SIGUSR1, 1, "stopped after step {} of 30; go on with --resume\n")])
 def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(train, tmp_path, number, status, says):
     whole = train("--model", "demo", *LONG, out="whole")
     log = tmp_path / "out" / "log.jsonl"
@@ -1707,13 +1685,6 @@ def test_of_two_demos_drawn_at_once_the_first_that_is_whole_stays(tmp_path, few_
     assert os.listdir(tmp_path) == ["demo"]
     assert sorted(os.listdir(demo)) == sorted(data.SPLITS)
     assert not os.path.exists(f"{demo}/seen/classnames.txt")
-
-def test_a_full_disk_while_the_demo_is_drawn_is_named_with_the_file(tmp_path, few_scenes, monkeypatch):
-    monkeypatch.setattr(data, "write_shards", lambda folder, *_, **__: os.makedirs(folder) or 1)
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"nshards.txt: could not be written \(No space"):
-        data.make_demo(f"{tmp_path}/demo")
-    assert os.listdir(tmp_path) == []
 
 # -----------------------------------------------------------------------------
 # evaluate.py, on folders of a few small pictures, a model of random weights and its checkpoint.
