@@ -470,16 +470,16 @@ def test_a_mask_is_the_same_under_autocast():
     outside, _ = masked("pgs", noise_images(50), (0.5,))
     assert inside.equal(outside)
 
-def test_the_mask_that_the_readme_adds_works_as_written(tmp_path, monkeypatch):
+def test_the_mask_that_the_readme_adds_works_as_written():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     source = (HERE / "clip_pgs.py").read_text(encoding="utf-8")
     found = re.search(r'^    (MASKS = .*"bright"\))\n\n((?:    .*\n)+)', readme, re.M)
     branch = indent(found[2], "    ")                                   # into the body of make_mask
     source = re.sub(r"^MASKS = .*$", found[1], source, flags=re.M)
     source = re.sub('(?=^ *if name == "cluster":)', branch, source, flags=re.M)
-    (tmp_path / "mine.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    keep, _ = __import__("mine").make_mask("bright", noise_images(2), (0.5,), patch_size=4)
+    mine = {"__name__": "clip_pgs"}
+    exec(source, mine)
+    keep, _ = mine["make_mask"]("bright", noise_images(2), (0.5,), patch_size=4)
     brightness = clip_pgs.patchify(noise_images(2), 4).mean(-1)
     assert keep.equal(brightness.argsort(1)[:, :8])
 
@@ -1608,7 +1608,7 @@ def test_words_are_masked_in_the_masked_batches_alone_and_crops_stay_as_they_wer
 
 @pytest.mark.parametrize("kind, raw", [
     ("json", b"{}"), ("json", b"3"), ("json", b'{"caption": 3}'), ("json", b"[" * 10**5),
-    ("txt", b"\xff"), ("txt", b""), ("txt", b"\0\1")], ids=range(7))
+    ("txt", b"\xff"), ("txt", b"\0\1")], ids=range(6))
 def test_a_sample_whose_caption_is_none_is_lost_and_says_so(tmp_path, kind, raw):
     batch = batches(tmp_path, [("a.png", noise_image()), (f"a.{kind}", raw)], [[0]])[0]
     assert batch.decoded.tolist() == [False]
