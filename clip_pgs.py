@@ -1040,8 +1040,8 @@ def claim(config):
         holds = "ckpt.pt"
         if "merges" in then:
             holds = f"run (mask {then['config']['mask']}, step {then['step']})"
-        raise ValueError(f"--out {config.out}: holds a {holds}; go on with it by --resume alone, or name "
-                         "another --out")
+        raise ValueError(f"--out {config.out}: holds a {holds}; go on with it by --resume {path}, "
+                         "or name another --out")
     return lock
 
 def load_data(config):
@@ -1111,14 +1111,20 @@ def build(config, state, device):
         model = nn.parallel.DistributedDataParallel(model)
     return clip, model, optimizer, ema, heads
 
-def check_ranks_agree(config, step, index, merges):
+def check_ranks_agree(config, state, index, merges):
     """ValueError if another rank has another state, data or options, as on machines without a
     shared disk."""
     _, world_size = ranks()
     if world_size == 1:
         return
-    mine = {"steps done": step, "samples": len(index), "checksum of the samples": data_sum(index),
-            "checksum of the merges": zlib.crc32(merges.encode())} | asdict(config)
+    weights = 0
+    for x in state.get("model", {}).values():
+        weights = zlib.crc32(x.contiguous().numpy(), weights)
+    folders = [evaluate.read_folder(folder)[1:] for folder in config.val]  # without their paths
+    mine = {"steps done": state.get("step", 0), "checksum of the weights": weights,
+            "samples": len(index), "checksum of the samples": data_sum(index),
+            "checksum of the merges": zlib.crc32(merges.encode()),
+            "checksum of --val": zlib.crc32(repr(folders).encode())} | asdict(config)
     for name in ("data", "val", "out", "resume", "init", "vocab", "workers"):  # paths and loading may differ
         del mine[name]
     everyone = [None] * world_size
@@ -1127,7 +1133,7 @@ def check_ranks_agree(config, step, index, merges):
         for name, value in everyone[0].items():
             if theirs[name] != value:
                 raise ValueError(f"{name}: {theirs[name]} on rank {rank}, {value} on rank 0; all machines "
-                                 "need the same command, shards and checkpoint")
+                                 "need the same command, data and checkpoint")
 
 def prepare(config, state, device):
     """A run, new or as the checkpoint `state` has it. Checks what can be checked before work
@@ -1159,7 +1165,7 @@ def prepare(config, state, device):
     chances = {}
     if config.text_tokens:
         chances = data.word_chances(data.sample_captions(shards, index))
-    check_ranks_agree(config, step, index, tokenizer.merges)
+    check_ranks_agree(config, state, index, tokenizer.merges)
     clip, model, optimizer, ema, heads = build(config, state, device)
     step_function = train_step if config.accum == 1 else train_step_in_passes
     if config.views == 2:
@@ -1189,13 +1195,15 @@ def data_sum(index):
     """A number that other samples change; the same ones in another folder do not."""
     return zlib.crc32(index.tobytes())
 
-def open_log(path, step):
-    """The log, open for appending, without what comes after the checkpoint of this step, to be
-    repeated. The evaluation at that very step is repeated, too: the run may have died in it."""
+def open_log(path, run):
+    """The log, open for appending, without what comes after the checkpoint, to be repeated. At the
+    end of an epoch the evaluation is repeated, too: the run may have died in it."""
     kept = []
-    if step and os.path.exists(path):
+    at_end = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
+    if run.step and os.path.exists(path):
         for record in evaluate.read_log(path):
-            if record["step"] < step or record["step"] == step and "eval" not in record:
+            repeated = at_end and "eval" in record
+            if record["step"] < run.step or record["step"] == run.step and not repeated:
                 kept.append(record)
     with data.write_whole(path) as file:
         file.writelines(f"{json.dumps(record)}\n".encode() for record in kept)
@@ -1331,7 +1339,8 @@ def stop(run):
     if dist.is_initialized():
         dist.barrier()  # torchrun kills the others when one ends: wait for rank 0's checkpoint
     rank, _ = ranks()
-    line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume"
+    path = f"{run.config.out}/ckpt.pt"
+    line = f"stopped after step {run.step} of {run.total_steps}; go on with --resume {path}"
     sys.exit(line if rank == 0 else 1)
 
 def opening_line(run):
@@ -1377,19 +1386,17 @@ def train(config, state, device):
         """Notes that this process was asked to stop: it does so after a step, or a folder's
         evaluation."""
         requests.append(number)
-        if rank == 0:
-            with suppress(OSError):  # not print, which the signal may have interrupted
+        if rank == 0 and sys.__stderr__:  # not print, which the signal may have interrupted
+            with suppress(OSError):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping soon, with a checkpoint\n".encode())
 
-    for number in data.STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has said to ignore a closed terminal
-            signal.signal(number, request)
+    data.hear_signals(request)
     log = open(os.devnull, "w")
     if rank == 0:
         if config.resume:
             print(resume_line(run, state), flush=True)
         print(opening_line(run), flush=True)
-        log = open_log(f"{config.out}/log.jsonl", run.step)
+        log = open_log(f"{config.out}/log.jsonl", run)
     state.clear()  # free the checkpoint: its tensors have been copied
     start = time.perf_counter()
     first = run.step
@@ -1402,7 +1409,7 @@ def train(config, state, device):
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
         results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, requests)
-        if len(results) < len(config.val):  # a request to stop; --resume makes this evaluation anew
+        if len(results) < len(set(config.val)):  # a request to stop; --resume evaluates anew
             stop(run)
         if results:
             write_record(log, run.record | dict(eval=results))
@@ -1416,7 +1423,8 @@ def train(config, state, device):
             minutes = (time.perf_counter() - start) / 60
             to_go = minutes * (run.total_steps - run.step) / (run.step - first)
             line = f"epoch {epoch + 1}: mean loss {np.mean(losses):.3f}, "
-            for name, value in evaluate.first_metrics(results).items():
+            names = evaluate.tell_apart(results)
+            for name, value in evaluate.first_metrics(results, names).items():
                 line += f"{name} {100 * value:.1f}, "
             print(f"{line}{minutes:.1f} minutes, {to_go:.1f} to go", flush=True)
     if rank == 0:
@@ -1506,6 +1514,9 @@ def make_parser():
         parser.add_argument(name, default=option.default, help=meaning, **how)
     return parser
 
+# What a run keeps: the shapes of its weights, its tokenizer.
+FIXED = "model image_size patch_size context_length contrast vocab vocab_size init".split()
+
 def parse(arguments):
     """(Config, checkpoint to go on from or {}) of a command line. Without --data, DEMO takes the
     place of the defaults. With --resume, the options of its run do; with --init, the size of its
@@ -1525,13 +1536,6 @@ def parse(arguments):
         state = evaluate.read_checkpoint(options.resume)
         if not {"model", "optimizer", "config", "merges", "record"} <= state.keys():
             raise ValueError(f"--resume {options.resume}: weights only, no state of a run; see --init")
-        # A job's script may repeat the options of its run, but not ask for another tokenizer or
-        # other weights.
-        for name in ("init", "vocab"):
-            if getattr(options, name) not in ("", state["config"][name]):
-                raise ValueError(f"--{name}: no effect on a run that goes on; leave it out")
-        if options.vocab_size < state["config"]["vocab_size"]:
-            raise ValueError("--vocab-size: no effect on a run that goes on; leave it out")
         # An older run may have options that are gone.
         parser.set_defaults(**{name: value for name, value in state["config"].items() if name in options})
         parser.set_defaults(out=os.path.dirname(options.resume) or ".")
@@ -1545,12 +1549,21 @@ def parse(arguments):
     for name, value in options.items():
         if isinstance(value, list):
             options[name] = tuple(value)
+    if options["resume"]:
+        kept = options | state["config"]
+        if options["vocab_size"] > kept["vocab_size"]:  # a limit, which the run's captions did not reach
+            options["vocab_size"] = kept["vocab_size"]
+        for name in FIXED:  # a job's script may repeat these options, but not change them
+            if options[name] != kept[name]:
+                raise ValueError(f"--{name.replace('_', '-')} {options[name]}: the run that goes on has "
+                                 f"{kept[name]}, which cannot change")
     return Config(**options), state
 
 def start(arguments):
     """What a command line asks for. Returns whether a folder could not be evaluated. SystemExit,
     ValueError and other errors say what went wrong."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    data.hear_signals(signal.default_int_handler)  # as Ctrl-C, until training begins
     config, state = parse(arguments)
     check(config)
     if config.show_masks:
@@ -1576,26 +1589,6 @@ def start(arguments):
                                 device_id=device if on_gpu else None)
     return train(config, state, device)
 
-class Unread:
-    """A stream whose reader may be gone (`| head`), or that was closed: what cannot be written is
-    dropped, and the training goes on."""
-    def __init__(self, stream):
-        self.stream = stream
-        self.encoding = getattr(stream, "encoding", None) or "utf-8"
-
-    def write(self, text):
-        """Writes what the encoding knows; names in a tar need not be text."""
-        with suppress(OSError, ValueError, AttributeError):
-            self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-
-    def flush(self):
-        """As a file's."""
-        with suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
 def main():
     """Entry point, one process per rank under torchrun: returns the exit status."""
     rank = int(os.environ.get("RANK", 0))
@@ -1618,8 +1611,8 @@ def main():
         return 1
 
 if __name__ == "__main__":
-    sys.stdout = Unread(sys.stdout)
-    sys.stderr = Unread(sys.stderr)
+    sys.stdout = data.Unread(sys.stdout)
+    sys.stderr = data.Unread(sys.stderr)
     status = main()
     sys.stdout.flush()
     # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import signal
+import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -44,25 +45,29 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 @contextmanager
 def write_whole(path, suffix=".part"):
     """A binary file to write, which gets its name when it is whole and on disk; else OSError."""
-    path = os.fspath(path)
+    target = os.path.realpath(path)  # a link stays one
+    part = target + suffix
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(f"{path}: not a plain file, so it can't be replaced")
     try:
-        with open(path + suffix, "wb") as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + suffix, path)
+        os.replace(part, target)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         cause = getattr(error, "strerror", None) or "is the disk full?"
         raise OSError(f"{path}: could not be written ({cause}); one from before is untouched") from None
     finally:
-        if os.path.exists(path + suffix):
-            os.remove(path + suffix)
+        if os.path.exists(part):
+            os.remove(part)
 
 @contextmanager
 def make_whole(folder):
     """A new folder to fill, which gets its name when it is whole. FileExistsError if another process
     was first."""
-    parent, name = os.path.split(os.path.abspath(folder))
+    folder = os.path.abspath(folder)
+    parent, name = os.path.split(folder)
     os.makedirs(parent, exist_ok=True)
     # In a folder of another name each time: two processes may make the same one.
     with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=".part", dir=parent) as ours:
@@ -97,7 +102,7 @@ def message(error):
 
 # A request to stop, or a warning that the job's time ends, as schedulers send them.
 STOP_SIGNALS = []
-for name in "SIGINT SIGTERM SIGQUIT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split():
+for name in "SIGINT SIGTERM SIGQUIT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU SIGALRM SIGPWR".split():
     if hasattr(signal, name):  # Windows has but the first two
         STOP_SIGNALS.append(getattr(signal, name))
 
@@ -105,6 +110,33 @@ def ignore_signals(*_):
     """For helper processes: a signal to stop is for the training loop, which still needs its batch."""
     for number in STOP_SIGNALS:  # Slurm sends them to all processes of a job
         signal.signal(number, signal.SIG_IGN)
+
+def hear_signals(handler):
+    """Calls handler(number, frame) when a signal asks this process to stop."""
+    for number in STOP_SIGNALS:
+        by_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if not by_nohup:  # it has said to ignore a closed terminal
+            signal.signal(number, handler)
+
+class Unread:
+    """A stream whose reader may be gone (`| head`), or that was closed: what cannot be written is
+    dropped, and the work goes on."""
+    def __init__(self, stream):
+        self.stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text):
+        """Writes what the encoding knows; names in a tar need not be text."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+    def flush(self):
+        """As a file's."""
+        with suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 # -----------------------------------------------------------------------------
 # What is in a tar: tarfile tells where each file begins. The rest is about damaged tars: skip it.
@@ -159,16 +191,17 @@ def expand(patterns):
         if os.path.isdir(path):
             raise ValueError(f"--data {path}: a folder; name its shards, such as '{path.rstrip('/')}/*.tar'")
         braces = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-        if braces:
+        if os.path.exists(path):
+            found = [path]
+        elif braces:
             first, last = braces.groups()
             numbers = range(int(first), int(last) + 1)
             found = expand(path.replace(braces[0], str(n).zfill(len(first)), 1) for n in numbers)
-        elif os.path.exists(path):
-            found = [path]
         else:
             folder, name = os.path.split(path)
-            folder = folder.replace("[", "[[]")  # of 'set [v2]/*.tar' the brackets mean themselves
-            found = sorted(glob.glob(os.path.join(folder, name)) or glob.glob(path))
+            plain = path.replace("[", "[[]")  # of 'set [v2]/*.tar' the brackets mean themselves
+            mixed = os.path.join(folder.replace("[", "[[]"), name)
+            found = sorted(glob.glob(plain) or glob.glob(mixed) or glob.glob(path))
         if not found:
             raise ValueError(f"--data {path}: no such file")
         paths += found
@@ -806,24 +839,30 @@ def list_lines(path):
                 raise ValueError(f"{path}, line {number}: {message(error)}") from None
             yield image, caption
 
-def list_samples(path):
-    """Yields {extension: bytes} for a text file of lines `image path <TAB> caption`, paths relative
-    to its folder. Lines of one image that follow each other are one sample. ValueError for a bad line."""
-    for image, lines in groupby(list_lines(path), lambda line: line[0]):
-        captions = [caption for _, caption in lines]
-        with open(image, "rb") as file:
-            raw = file.read()
+def list_samples(lines):
+    """Yields {extension: bytes} for lines (image path, caption); of one image, those that follow each
+    other are one sample. ValueError if an image cannot be read."""
+    for image, same in groupby(lines, lambda line: line[0]):
+        captions = [caption for _, caption in same]
+        try:
+            with open(image, "rb") as file:
+                raw = file.read()
+        except OSError as error:
+            raise ValueError(f"{image}: {error.strerror}") from None
         extension = image.rpartition(".")[2].lower()
         yield {extension: raw, "txt": "\n".join(captions).encode()}
 
 def pack(path, folder):
-    """Makes shards of a list, in a new folder; returns how many."""
-    if os.path.exists(folder):
+    """Makes shards of a text file of lines `image path <TAB> caption`, paths relative to its folder,
+    in a new folder; returns how many. ValueError for a bad line."""
+    if os.path.exists(os.path.abspath(folder)):
         raise ValueError(f"{folder}: is there already; name a new folder")
-    for _ in tqdm(list_lines(path), "checking", unit=" lines"):
-        pass  # a bad line is to be found before hours of work, not after
+    # All lines first: a bad one is to be found before hours of work, not after.
+    lines = list(tqdm(list_lines(path), "checking", unit=" lines"))
+    if not lines:
+        raise ValueError(f"{path}: no line in it")
     with make_whole(folder) as part:
-        return write_shards(part, tqdm(list_samples(path), "packing", unit=" samples"), 10_000)
+        return write_shards(part, tqdm(list_samples(lines), "packing", unit=" samples"), 10_000)
 
 # -----------------------------------------------------------------------------
 # Demo data: scenes of one or two coloured shapes, drawn rather than downloaded. As in photographs,
@@ -995,6 +1034,7 @@ def main():
     command = commands.add_parser("demo", help="draw the demo data set")
     command.add_argument("out", help="folder to make")
     options = parser.parse_args()
+    hear_signals(signal.default_int_handler)  # as Ctrl-C: what is half done is removed
     try:
         if options.command == "demo":
             make_demo(options.out)
@@ -1005,4 +1045,6 @@ def main():
         raise SystemExit(f"error: {message(error)}")
 
 if __name__ == "__main__":
+    sys.stdout = Unread(sys.stdout)
+    sys.stderr = Unread(sys.stderr)
     main()

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections import defaultdict, namedtuple
@@ -87,7 +88,7 @@ def read_shard(shard, extension):
 def read_split(folder, extension):
     """Yields what read_shard does, for all shards of a split."""
     number = read_lines(f"{folder}/nshards.txt")[0]
-    there = len(list(Path(folder).glob("[0-9]*.tar")))
+    there = len(list(Path(folder).glob("*.tar")))
     if there == 0 or number != str(there):
         raise ValueError(f"{folder}/nshards.txt: says {number}, but the folder holds {there} tars")
     for i in range(there):
@@ -505,9 +506,9 @@ def short_name(metric):
     """What a table calls a metric: image@1 for image_retrieval_recall@1, others by their names."""
     return metric.replace("_retrieval_recall", "")
 
-def first_metrics(results):
-    """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder."""
-    names = tell_apart(results)
+def first_metrics(results, names):
+    """{"imagenet acc1": value in [0, 1], "coco image@1": ...}: the first metric of each folder, by
+    the folders' short names."""
     found = {}
     for folder, metrics in results.items():
         first = next(iter(metrics), "failed")
@@ -517,21 +518,26 @@ def first_metrics(results):
 
 def draw_curves(path, logs):
     """Writes a PNG of the losses and first metrics in runs' logs; {run: its last metrics}."""
-    runs = {log: log.removesuffix("/log.jsonl") for log in logs}
-    names = tell_apart(runs.values())
+    runs = {log.removesuffix("/log.jsonl"): read_log(log) for log in logs}
+    names = tell_apart(runs)
+    folders = []
+    for records in runs.values():
+        for record in records:
+            folders += record.get("eval", {})
+    folders = tell_apart(folders)
     panels = defaultdict(list)  # {title: series}
     last = {}
-    for log, color in zip(runs, cycle(COLORS)):
-        run = names[runs[log]]
+    for (path_of_run, records), color in zip(runs.items(), cycle(COLORS)):
+        run = names[path_of_run]
         last[run] = {}
         curves = defaultdict(list)  # {title: points}
-        for record in read_log(log):
+        for record in records:
             curves["loss over steps"].append((record["step"], record["loss"]))
-            for name, value in first_metrics(record.get("eval", {})).items():
+            for name, value in first_metrics(record.get("eval", {}), folders).items():
                 curves[f"{name}, %, over epochs"].append((record["epoch"], 100 * value))
                 last[run][name] = value
         if not curves:
-            raise ValueError(f"{log}: no training step in it; expected the log.jsonl of a run")
+            raise ValueError(f"{path_of_run}: no training step in it; expected the log.jsonl of a run")
         for title, points in curves.items():
             x, y = np.array(points).T
             window = max(1, len(x) // 40)  # a moving average: the loss of a step alone jumps
@@ -553,6 +559,7 @@ def draw_curves(path, logs):
 # The types in .safetensors, and what torch calls them.
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
          "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+         "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
          "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
          "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"}
 
@@ -581,10 +588,12 @@ def read_safetensors(path):
 
 def read_checkpoint(path):
     """The dict in a checkpoint, on the CPU. ValueError if it is missing, damaged, or would run code."""
-    if re.search(r"-\d+-of-\d+\.|\.index\.json$", os.path.basename(path)):
+    if re.search(r"-\d{5}-of-\d{5}\.|\.json$", os.path.basename(path)):
         raise ValueError(f"{path}: an index, or a part, of weights in several files; name a whole file")
     try:
-        if os.path.splitext(path)[1] == ".safetensors":
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":  # after the header's length in 8 bytes, its json
             return read_safetensors(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMBERS):
             warnings.simplefilter("ignore")  # torch's, before it rejects a file; our line follows
@@ -669,7 +678,7 @@ def evaluate(model, tokenizer, config, folder, workers=4, probe=False, pictures=
     probe: also "lp_acc1", of a folder with a train/ split. pictures: a folder for a PNG. name: what
     to call the folder in the progress bar and among the pictures, if not by its path."""
     name = name or folder
-    picture = pictures and f"{pictures}/{name.replace('/', '_')}.png"
+    picture = pictures and f"{pictures}/{name.replace('/', '__')}.png"
     test = read_folder(folder)
     images = embed_images(model, test.samples, config, workers, name)
 
@@ -739,7 +748,7 @@ def evaluate_all(model, tokenizer, config, folders, requests=(), workers=4, prob
     that a signal handler fills; once it holds something on any rank, no other folder is begun."""
     names = tell_apart(folders)
     results = {}
-    for folder in folders:
+    for folder in dict.fromkeys(folders):  # one that is named twice is evaluated once
         requested = model.logit_scale.new_tensor(len(requests))
         if dist.is_initialized():
             dist.all_reduce(requested)
@@ -750,10 +759,10 @@ def evaluate_all(model, tokenizer, config, folders, requests=(), workers=4, prob
                                        names[folder])
         except (ValueError, OSError) as error:
             results[folder] = {"failed": data.message(error)}
-        write_json(json_path, results)
         if show:
             row = [f"{short_name(name)}: {percent(x)}" for name, x in results[folder].items()]
             print(folder, *row, sep=" | ", flush=True)
+        write_json(json_path, results)
     return results
 
 def check(args, folders):
@@ -769,6 +778,7 @@ def check(args, folders):
                 os.stat(f"{args.images}/{name}")
     if args.pictures:
         os.makedirs(args.pictures, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.pictures).close()  # may we write there?
     write_json(args.json, {})
 
 def run(args):
@@ -814,7 +824,6 @@ def main():
     add("--curves", nargs="+", metavar="LOG", help="draw runs' log.jsonl to curves.png, print last metrics")
     add("--workers", type=int, default=4, help="threads that read and decode images")
     args = parser.parse_args()
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed, but tqdm writes to it
     if int(os.environ.get("RANK", 0)) > 0:
         return  # under torchrun; the first process does it all
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -825,4 +834,6 @@ def main():
         sys.exit(f"error: {data.message(error)}")
 
 if __name__ == "__main__":
+    sys.stdout = data.Unread(sys.stdout)
+    sys.stderr = data.Unread(sys.stderr)
     main()

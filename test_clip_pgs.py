@@ -984,7 +984,7 @@ def test_a_run_goes_on_from_an_epoch_s_end_as_if_it_had_never_stopped(train, tmp
     assert read_log(tmp_path / "rest") == whole[5:]
 
 def test_a_run_killed_before_its_evaluation_makes_up_for_it_and_drops_damaged_lines(train, out, pets, capsys):
-    whole = train("--val", pets)
+    whole = train("--val", pets, pets)
     assert "eval" in whole[-1]
     log = out / "log.jsonl"
     lines = log.read_text().splitlines()
@@ -992,6 +992,11 @@ def test_a_run_killed_before_its_evaluation_makes_up_for_it_and_drops_damaged_li
     assert train("--resume") == whole
     assert "4 damaged lines" in capsys.readouterr().out
     assert train("--resume") == whole  # nothing is left to do but to evaluate
+
+def test_an_evaluation_in_the_middle_of_an_epoch_stays_in_the_log(train, pets):
+    train("--val", pets, "--steps", 3)
+    log = train("--steps", 6, "--resume")
+    assert [record["step"] for record in log if "eval" in record] == [3, 5, 6]
 
 def test_the_teachers_of_a_run_follow_what_it_trains(train, out):
     train("--steps", 1, *"--mask attentive --views 2 --contrast byol".split())
@@ -1015,7 +1020,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_no_checkpoint_holds_it(trai
 
 @pytest.mark.parametrize("more, says", [
     ("--batch-size 4", "--resume .*had 8 images per step.*now there are 4"),
-    ("--image-size 32", "ckpt.pt: does not fit this model: size mismatch")])
+    ("--image-size 32", "--image-size 32: the run that goes on has 16, which cannot change")])
 def test_resuming_needs_the_same_images_per_step_and_size_of_the_model(train, more, says):
     train("--steps", 3)
     train(*more.split(), "--resume", fails=says)
@@ -1061,7 +1066,7 @@ def test_a_fresh_start_never_overwrites_weights_that_are_no_run_s(train, tmp_pat
     train(out=".", fails="--out .*: holds a ckpt.pt; ")
 
 def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path, out):
-    train("--steps", 3)
+    train("--steps", 3, "--model", "demo")
     with open(out / ".lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         second = started(tmp_path, "--out", out, "--resume")
@@ -1109,7 +1114,8 @@ def started(folder, *more, stdout=subprocess.DEVNULL):
                             stderr=subprocess.PIPE, stdout=stdout, **ONE_THREAD)
 
 @pytest.mark.parametrize("number, status, says", [
-    (signal.SIGKILL, -9, ""), (signal.SIGUSR1, 1, "stopped after step {} of 30; go on with --resume\n")])
+    (signal.SIGKILL, -9, ""),
+    (signal.SIGUSR1, 1, "stopped after step {} of 30; go on with --resume {}/ckpt.pt\n")])
 def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(
         train, tmp_path, out, number, status, says):
     whole = train("--model", "demo", *LONG, out="whole")
@@ -1122,14 +1128,20 @@ def test_a_run_ended_by_a_signal_goes_on_as_if_it_had_never_stopped(
     steps = log.read_text().count("\n")
     assert steps < 30
     assert process.returncode == status
-    assert errors.endswith(says.format(steps))
+    assert errors.endswith(says.format(steps, out))
     assert "Traceback" not in errors or number == signal.SIGKILL  # whose worker may miss its parent
     command("--resume", "--out", out)
     assert read_log(out) == whole
 
-def test_a_request_to_stop_is_heard_from_schedulers_and_closed_terminals():
-    names = {number.name for number in data.STOP_SIGNALS}
-    assert names == {"SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+def test_a_request_to_stop_is_heard_from_schedulers_and_closed_terminals(monkeypatch):
+    heard = set()
+    monkeypatch.setattr(signal, "signal", lambda number, _: heard.add(number.name))
+    data.hear_signals(print)
+    assert heard >= {"SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)  # by nohup, and by sh's `&`
+    heard.clear()
+    data.hear_signals(print)
+    assert "SIGINT" in heard and "SIGHUP" not in heard
 
 def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path, out):
     whole = train("--model", "demo", out="whole")
@@ -1158,10 +1170,11 @@ def test_a_resumed_run_says_what_differs(train, tmp_path, capsys):
     train("--steps", 5, "--resume", out="new")
     assert f"no checkpoint in {tmp_path}/new: a new run" in capsys.readouterr().out
 
-@pytest.mark.parametrize("more", [("--init", "x.pt"), ("--vocab", "x.gz"), ("--vocab-size", 520)], ids=str)
+@pytest.mark.parametrize("more", ["--init x.pt", "--vocab x.gz", "--vocab-size 520", "--contrast byol"])
 def test_what_cannot_take_effect_on_a_resumed_run_is_refused(train, more):
     train("--steps", 2)
-    train(*more, "--steps", 4, "--resume", fails=f"{more[0]}: no effect on a run that goes on")
+    option = more.split()[0]
+    train(*more.split(), "--steps", 4, "--resume", fails=f"{option} .*: the run that goes on has .*, which")
 
 def test_a_resumed_run_takes_a_new_weight_decay(train, out):
     train("--steps", 2)
@@ -1169,15 +1182,24 @@ def test_a_resumed_run_takes_a_new_weight_decay(train, out):
     groups = torch.load(out / "ckpt.pt")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
 
-def test_ranks_with_other_shards_or_checkpoints_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_pgs, "ranks", lambda: (0, 2))
-    index = np.zeros(3, data.INDEX)
+def test_ranks_with_other_checkpoints_or_folders_are_refused(pets, tmp_path, monkeypatch):
+    given = []
 
-    def other_rank(everyone, mine):
-        everyone[:] = [mine, mine | {"steps done": 21}]
-    monkeypatch.setattr(torch.distributed, "all_gather_object", other_rank)
+    def gather(everyone, mine):  # rank 0 gives what was given first
+        given.append(mine)
+        everyone[:] = [given[0], mine]
+    monkeypatch.setattr(clip_pgs, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+    def agree(state=(), val=pets):
+        clip_pgs.check_ranks_agree(tiny(val=(val,)), dict(state), np.zeros(3, data.INDEX), "")
+    agree()
     with pytest.raises(ValueError, match="steps done: 21 on rank 1, 0 on rank 0; all machines need the same"):
-        clip_pgs.check_ranks_agree(tiny(), 0, index, "")
+        agree({"step": 21})
+    with pytest.raises(ValueError, match="checksum of the weights"):
+        agree({"model": {"w": torch.ones(2)}})
+    with pytest.raises(ValueError, match="checksum of --val"):
+        agree(val=make_folder(tmp_path / "other", labelled(4)))
 
 @pytest.mark.parametrize("more", [
     "--unmasked-epochs 1",
@@ -1624,6 +1646,7 @@ def test_packed_images_and_captions_come_back_and_captions_of_one_image_are_one_
         (tmp_path / f"{i}.x.PNG").write_bytes(noise_image(i))
     pack(tmp_path, "\ufeff0.x.PNG\tü 0\n0.x.PNG\tb\n1.x.PNG\t\ufffd\n2.x.PNG\tc\n\n0.x.PNG\td\n")
     pack(tmp_path, "0.x.PNG\tnew\n", fails="is there already")
+    pack(tmp_path / "out", "\n", fails="list.tsv: no line in it")
     shards = [f"{tmp_path}/out/00000.tar"]
     captions, images = contents(shards, data.build_index(shards)[0])
     assert captions == ["ü 0\nb", "\ufffd", "c", "d"]
@@ -1651,6 +1674,8 @@ def test_where_the_disk_fails_pack_ends_in_one_line_and_no_file_is_left_half_wri
     pack(tmp_path, "0.png\tfine\n", fails=r"00000.tar: could not be written \(Input")
     with pytest.raises(OSError), data.write_whole(str(tmp_path / "0.png")) as file:
         file.write(b"another")
+    with pytest.raises(OSError, match="/dev/null: not a plain file"), data.write_whole("/dev/null"):
+        pass
     assert sorted(os.listdir(tmp_path)) == ["0.png", "list.tsv"]
     assert (tmp_path / "0.png").read_bytes() == noise_image()
 
@@ -1853,6 +1878,13 @@ def test_curves_show_losses_and_metrics_of_several_runs(tmp_path, monkeypatch, c
     (tmp_path / "empty.jsonl").write_text("\0\0")
     command("--curves", "empty.jsonl", module=evaluate, fails="empty.jsonl: no training step in it")
 
+def test_curves_tell_the_folders_of_several_runs_apart(tmp_path):
+    for run in ("a", "b"):
+        record = {"step": 1, "epoch": 1, "loss": 2, "eval": {f"{run}/val": {"acc1": 0.5}}}
+        (tmp_path / run).write_text(json.dumps(record))
+    last = evaluate.draw_curves(tmp_path / "curves.png", [f"{tmp_path}/a", f"{tmp_path}/b"])
+    assert last == {"a": {"a/val acc1": 0.5}, "b": {"b/val acc1": 0.5}}
+
 def safetensors(tensors, **types):
     """As the format's page says: the header's length in 8 bytes, the header in json, the raw tensors.
     types: those that are not F32, F16 or F64, by name."""
@@ -1871,8 +1903,8 @@ def test_safetensors_of_many_types_are_read_and_one_that_is_not_is_named(tmp_pat
     tensors = {"a": x.to(torch.float8_e4m3fn), "b": x > 0, "c": x.to(torch.bfloat16), "d": x.int(),
                "empty": torch.zeros(0, 3), "one": torch.tensor(2.5)}
     types = {"a": "F8_E4M3", "b": "BOOL", "c": "BF16", "d": "I32"}
-    (tmp_path / "a.safetensors").write_bytes(safetensors(tensors, **types))
-    read = evaluate.read_checkpoint(f"{tmp_path}/a.safetensors")
+    (tmp_path / "a.bin").write_bytes(safetensors(tensors, **types))
+    read = evaluate.read_checkpoint(f"{tmp_path}/a.bin")
     for name, expected in tensors.items():
         assert read[name].dtype == expected.dtype
         assert read[name].float().equal(expected.float())
@@ -1914,7 +1946,7 @@ class Evil:
         return os.mkdir, ("pwned",)
 
 @pytest.mark.parametrize("name, says, content", [
-    ("a.pt", "damaged", b"PK\3\4" * 99), ("a.pt", "git lfs pull", LFS),
+    ("epoch-3-of-10.pt", "damaged", b"PK\3\4" * 99), ("a.pt", "git lfs pull", LFS),
     ("a.pt", "could run code", pickle.dumps(Evil(), 2)), ("a.pt", "could run code", {"model": Evil()}),
     ("a.pt", "it holds a list", [1, 2]), ("a.pt", "not a CLIP", {"n": 1}),
     ("a.safetensors", "damaged", b"{}" * 9), (".", "Is a directory", None),
@@ -1953,7 +1985,7 @@ def test_the_command_makes_a_table_with_an_average_json_and_pictures(evaluation,
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{folders[0]} | acc1: ")
     assert printed[-1].split()[1:4] == ["average", "|", f"{average:.2f}"]
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["a_val.png", "b_val.png"]
+    assert sorted(os.listdir(tmp_path / "pictures")) == ["a__val.png", "b__val.png"]
 
 def test_a_folder_that_fails_is_a_row_and_the_exit_status_is_1(evaluation, tmp_path, capsys):
     bad = make_folder(tmp_path / "bad", [{"jpg": b"no picture", "cls": b"0"}])
@@ -1987,13 +2019,14 @@ def test_under_torchrun_the_first_process_works_and_says_that_one_is_enough(
     evaluation("--data", pets)
     assert capsys.readouterr() == ("", "")
 
-def test_evaluation_works_with_its_output_closed(evaluation, pets, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    assert "acc1" in evaluation("--data", pets)[pets]
-
-def test_evaluation_needs_neither_fcntl_nor_pread(evaluation, pets, tmp_path):
-    program = "import os, sys; sys.modules['fcntl'] = None; del os.pread; import evaluate; evaluate.main()"
-    arguments = [sys.executable, "-c", program, str(tmp_path / "ckpt.pt"), "--data", pets]
-    run = subprocess.run(arguments, cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 0 and "acc1" in run.stdout, run.stderr
+def test_evaluation_works_with_its_output_closed_and_without_fcntl_and_pread(evaluation, pets, tmp_path):
+    program = """import os, runpy, sys
+sys.modules["fcntl"] = None
+del os.pread
+os.close(1)
+os.close(2)
+runpy.run_path("evaluate.py", run_name="__main__")"""
+    path = tmp_path / "x.json"
+    arguments = [tmp_path / "ckpt.pt", "--data", pets, "--json", path]
+    assert subprocess.run([sys.executable, "-c", program, *arguments], cwd=HERE).returncode == 0
+    assert "acc1" in json.loads(path.read_text())[pets]
