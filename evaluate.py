@@ -57,33 +57,29 @@ def read_lines(path):
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
-def read_part(path, offset, size):
-    """`size` bytes of a file from `offset` on. OSError that names the file if it can't be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-
 def read_shard(shard, extension):
     """Yields (Sample, text of the `extension` file beside it) of each image in a tar, in order."""
     samples, fault = data.tar_samples(shard)
     if fault:
         raise ValueError(fault)
-    for key, files in samples:
-        image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
-        if image is None:
-            raise ValueError(f"{shard}: sample {key} has no image")
-        if extension not in files:
-            raise ValueError(f"{shard}: sample {key} has no .{extension}")
-        try:
-            text = read_part(shard, *files[extension]).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = ""
-        if not text.strip():
-            raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
-        yield Sample(shard, *files[image], f"{key}.{image}"), text
+    with open(shard, "rb") as file:
+        for key, files in samples:
+            image = next((name for name in data.IMAGE_EXTENSIONS if name in files), None)
+            if image is None:
+                raise ValueError(f"{shard}: sample {key} has no image")
+            if extension not in files:
+                raise ValueError(f"{shard}: sample {key} has no .{extension}")
+            offset, size = files[extension]
+            try:
+                file.seek(offset)
+                text = file.read(size).decode("utf-8-sig")
+            except UnicodeDecodeError:
+                text = ""
+            except OSError as error:
+                raise OSError(f"{shard}: {error.strerror}") from None
+            if not text.strip():
+                raise ValueError(f"{shard}: {key}.{extension} is empty or not UTF-8")
+            yield Sample(shard, *files[image], f"{key}.{image}"), text
 
 def read_split(folder, extension):
     """Yields what read_shard does, for all shards of a split."""
@@ -157,16 +153,19 @@ def preprocess(image, size):
 def read_image(sample, size, upright=False):
     """The middle of a Sample, (3, size, size) uint8: as CLIP_benchmark sees it, which converts to RGB
     first, or as people do, upright and on white. ValueError with its name if it does not decode."""
-    raw = read_part(sample.path, sample.offset, sample.size)
     try:
+        with open(sample.path, "rb") as file:
+            file.seek(sample.offset)
+            raw = file.read(sample.size)
         with data.open_image(raw) as image:
             if upright:
                 image = data.to_rgb(data.upright(image))
             else:
                 image = data.eight_bits(image).convert("RGB")
             return resize_and_crop(image, size)
-    except ValueError as error:
-        raise ValueError(f"{sample.path}: {error} ({sample.name} does not decode)") from None
+    except (ValueError, OSError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"{sample.path}: {cause} ({sample.name} does not decode)") from None
 
 def read_batches(samples, size, workers, name):
     """Yields the images of samples in batches (B, 3, size, size) uint8; threads read the next one
@@ -213,7 +212,7 @@ def embed_images(model, samples, config, workers=4, name=""):
         for images in read_batches(own, config.image_size, workers, name):
             images = data.normalize(images.to(model.logit_scale.device))
             features.append(model.encode_image(images))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fault = str(error)
     return collect(model, features, len(samples), fault)
 
