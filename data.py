@@ -253,8 +253,11 @@ def index_shard(path, number):
             rows.append((number, *images[0], *text, "txt" not in files))
             continue
         pictures = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        for name in pictures:  # photo.1.jpg and photo.2.jpg are one sample `photo`, without a jpg
-            lost.append(("no caption (a key ends at the first dot of the file name)", f"{key}.{name}"))
+        for name in pictures:
+            cause = "no caption"
+            if "." in name:  # photo.1.jpg and photo.2.jpg are one sample `photo`, without a jpg
+                cause += " (a key ends at the first dot of the file name)"
+            lost.append((cause, f"{key}.{name}"))
         if not pictures:
             lost.append(("no image", key))
     if fault:

@@ -1363,6 +1363,7 @@ def test_a_broken_shard_costs_itself_and_a_warning_if_few_are(tmp_path):
             data.build_index(shards, max_bad=0.05, folder=folder)
 
 @pytest.mark.parametrize("name, says", [
+    ("lonely.png", "1 with no caption, such as lonely.png"),
     ("mute.txt", "1 with no image, such as mute"),
     ("img.v2.png", r"1 with no caption \(a key ends at the first dot .*\), such as img.v2.png")])
 def test_samples_without_a_partner_count_as_lost_and_one_is_named(tmp_path, name, says):
