@@ -943,16 +943,16 @@ def choose_patches_of_views(config, visual, ema, views, around, boxes, noise, pr
 
 def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=None, heads=None):
     """The update of `train_step` with two views, in one pass or many. batch.images is
-    (3, B, 3, H, W), see `data.two_views`: both views and the picture around them. noise (2B, 2, L);
+    (B, 3, 3, H, W), see `data.two_views`: both views and the picture around them. noise (2B, 2, L);
     model TwoViews(clip) or that in DDP; ema is there for attentive and for BYOL. The CPU waits for
     the GPU once for simclr, twice for byol or both; a range of ratios adds the waits of the plain
     step."""
     device = clip.logit_scale.device
     images = batch.images.to(device, non_blocking=True)
     decoded = batch.decoded.to(device, non_blocking=True)                           # (B,)
-    boxes = batch.boxes.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # (2B, 4)
-    views = images[:2].transpose(0, 1).flatten(0, 1).chunk(config.accum)            # (2b, 3, H, W) each
-    arounds = images[2].chunk(config.accum)
+    boxes = batch.boxes.to(device, non_blocking=True).flatten(0, 1)                 # (2B, 4)
+    views = images[:, :2].flatten(0, 1).chunk(config.accum)                         # (2b, 3, H, W) each
+    arounds = images[:, 2].chunk(config.accum)                                      # (b, 3, H, W) each
     boxes = boxes.chunk(config.accum)
     tokens = batch.tokens.chunk(config.accum)
     noises = [None] * config.accum if noise is None else noise.chunk(config.accum)
@@ -1291,7 +1291,7 @@ def train_epoch(run, epoch, log, requests):
         if not losses and rank == 0 and (keep is not None or config.mask == "none"):
             seen = batch.images
             if config.views == 2:
-                seen = seen[:2].transpose(0, 1).flatten(0, 1)  # both views of an image side by side
+                seen = seen[:, :2].flatten(0, 1)  # both views of an image side by side
             evaluate.draw_masks(f"{config.out}/masks.png", seen[:8], keep, valid, config.patch_size)
         if run.device.type == "cuda" and not run.rehearsed:  # AdamW's moments are now in memory, too
             rehearse(run, batch)

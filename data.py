@@ -722,11 +722,11 @@ def word_chances(captions, threshold=1e-6, least=5):
 # began: neither the number of workers nor their timing can change what the model sees.
 
 class Batch(NamedTuple):
-    """What a rank gets for one step. With --views 2, images are (3, B, 3, H, W), see two_views."""
+    """What a rank gets for one step. With --views 2, images are (B, 3, 3, H, W), see two_views."""
     images: torch.Tensor   # (B, 3, H, W) uint8, black where `decoded` is False
     tokens: torch.Tensor   # (B, T) int64
     decoded: torch.Tensor  # (B,) bool; False, too, if a sample has no caption
-    boxes: torch.Tensor    # (2, B, 4) with --views 2, else None
+    boxes: torch.Tensor    # (B, 2, 4) with --views 2, else None
     lost: list             # why samples did not decode, a str each
     fault: str             # what the disk said when it failed: the run has to stop; else ""
 
@@ -757,9 +757,7 @@ class Batches:
             return shared(batch._replace(images=torch.stack(batch.images)))
         batch = self.load(number, two_views)
         images, boxes = zip(*batch.images)
-        images = torch.stack(images, dim=1)     # (3, B, 3, H, W)
-        boxes = torch.stack(boxes, dim=1)       # (2, B, 4)
-        return shared(batch._replace(images=images, boxes=boxes))
+        return shared(batch._replace(images=torch.stack(images), boxes=torch.stack(boxes)))
 
     def load(self, number, see):
         """A Batch whose images are a list: what see(image, config, rng) makes of each, or of a black

@@ -651,10 +651,10 @@ def eight_pairs(views=1):
     both views and the whole around them."""
     rank, world_size = clip_pgs.ranks()
     part = torch.arange(8).chunk(world_size)[rank]
-    shape = (8, 3, 16, 16) if views == 1 else (3, 8, 3, 16, 16)
+    shape = (8, 3, 16, 16) if views == 1 else (8, 3, 3, 16, 16)
     images = (256 * rand(*shape)).byte()
-    boxes = torch.tensor([[[0.0, 0.0, 1.0, 0.7]] * 8, [[0.2, 0.1, 1.0, 1.0]] * 8])
-    return data.Batch(images[..., part, :, :, :], random_tokens(8)[part], part != 5, boxes[:, part], [], "")
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 0.7], [0.2, 0.1, 1.0, 1.0]]] * 8)
+    return data.Batch(images[part], random_tokens(8)[part], part != 5, boxes[part], [], "")
 
 def step_of(config, heads):
     """The function that makes a step, as a run chooses it."""
@@ -695,8 +695,8 @@ def test_two_equal_views_give_the_plain_step_s_loss_and_gradients(mask):
     batch = eight_pairs()
     noise = rand(8, 2, 16)
     plain, expected = one_step(tiny(mask=mask), batch=batch, noise=noise)
-    views = batch._replace(images=batch.images.expand(3, 8, 3, 16, 16),
-                           boxes=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 8, 4))
+    views = batch._replace(images=batch.images[:, None].expand(8, 3, 3, 16, 16),
+                           boxes=torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(8, 2, 4))
     twice = noise.repeat_interleave(2, 0)
     numbers, gradients = one_step(tiny(mask=mask, views=2), batch=views, noise=twice)
     assert numbers == pytest.approx(plain, abs=1e-6)
@@ -707,7 +707,7 @@ def test_the_order_of_the_two_views_does_not_matter(changes):
     batch = eight_pairs(views=2)
     noise = rand(16, 2, 16)
     numbers, expected = one_step(tiny(**changes), batch=batch, noise=noise)
-    swapped = batch._replace(images=batch.images[[1, 0, 2]], boxes=batch.boxes[[1, 0]])
+    swapped = batch._replace(images=batch.images[:, [1, 0, 2]], boxes=batch.boxes[:, [1, 0]])
     noise = noise.view(8, 2, 2, 16).flip(1).flatten(0, 1)
     others, gradients = one_step(tiny(**changes), batch=swapped, noise=noise)
     assert others == pytest.approx(numbers, abs=1e-5)
@@ -821,7 +821,7 @@ def views_of(folder, image):
     members = [("0.png", encoded(image)), ("0.txt", b"coordinates")]
     config = tiny(image_size=32, scale=(0.3, 0.5), views=2)
     batch = batches(folder, members, [[0]], config)[0]
-    return batch.images[:, 0], batch.boxes[:, 0]
+    return batch.images[0], batch.boxes[0]
 
 def test_boxes_say_where_the_views_lie_in_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "augment", lambda view, rng: view)

@@ -125,9 +125,9 @@ def made_up_batch(config):
     decoded = torch.ones(B, dtype=torch.bool)
     boxes = None
     if config.views == 2:
-        images = images.repeat(3, 1, 1, 1, 1)                            # (3, B, 3, H, W)
+        images = images[:, None].repeat(1, 3, 1, 1, 1)                   # (B, 3, 3, H, W)
         boxes = torch.tensor([[0, 0, 0.9, 0.8], [0.1, 0.2, 1, 1]])
-        boxes = boxes[:, None].repeat(1, B, 1)                           # (2, B, 4)
+        boxes = boxes.repeat(B, 1, 1)                                    # (B, 2, 4)
     if torch.cuda.is_available():
         images = images.pin_memory()
         tokens = tokens.pin_memory()
@@ -173,7 +173,7 @@ def pixels_of(setting, device):
     images = data.normalize(setting.batch.images.to(device))
     if setting.config.views == 1:
         return images, None
-    return images[:2].transpose(0, 1).flatten(0, 1), images[2]
+    return images[:, :2].flatten(0, 1), images[:, 2]
 
 def choose(setting, images, wholes):
     """keep, valid for all views: the part of a step that chooses patches, and nothing else."""
@@ -181,7 +181,7 @@ def choose(setting, images, wholes):
     with clip_pgs.autocast(config, images.device):
         if config.views == 1:
             return clip_pgs.choose_patches(config, clip.visual, ema, images, noise, PROGRESS)
-        boxes = batch.boxes.to(images.device).transpose(0, 1).flatten(0, 1)
+        boxes = batch.boxes.to(images.device).flatten(0, 1)
         keep, valid, _ = clip_pgs.choose_patches_of_views(config, clip.visual, ema, images, wholes, boxes,
                                                           noise, PROGRESS)
         return keep, valid
