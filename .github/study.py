@@ -414,9 +414,10 @@ def table(options):
         rows = [cells(found, times, shares, key) for key in keys if key]
         if not rows:
             continue
-        # The rule is told as long as a row still has the old one.
-        old = any(row["rule"] == OLD_RULE for row in rows)
-        shown = [column for column in columns if old or column != "rule"]
+        # A column without a cell is left out. The rule is told as long as a row still has the old one.
+        shown = [column for column in columns if any(row[column] for row in rows)]
+        if not any(row["rule"] == OLD_RULE for row in rows):
+            shown.remove("rule")
         print_table(f"{num_patches(patch_size)} patches", rows, shown)
 
     every = []
