@@ -9,18 +9,18 @@
 CLIP trains an image encoder and a text encoder so that a photograph and its caption get similar
 features. Most of the cost is the image encoder, and most patches of an image repeat their neighbours.
 Six masks choose which patches it sees: none (CLIP), random (FLIP), center (GLIP), cluster (E-CLIP),
-attentive (A-CLIP) and pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080): this file is about it.
+attentive (A-CLIP) and, what this file is about, pgs (CLIP-PGS, Pei et al., CVPR 2025, arXiv 2503.17080).
 
 One step of training, with the functions that do it:
 
     edges = how much changes inside each patch                       sobel_edges
     candidates = a few flat patches, by chance                       pgs_candidates
-    S = cosines of pixels and, more and more, embeddings, balanced   patch_similarity, balance
-    score = S to the nearest candidate; similar = score > 0.5        pgs_score
-    keep = the half that stays: similar ones go first, by chance     remove; make_mask calls all of these
+    S = cosines of pixels, later of embeddings, too; balanced        patch_similarity, balance
+    score = S to the most similar candidate; similar: above 0.5      pgs_score
+    keep = what stays: similar ones are removed first, by chance     remove; make_mask calls all of these
     image_features = ViT(the patches keep of the images)             CLIP.encode_image
     text_features = transformer(tokens), at <end>                    CLIP.encode_text
-    logits = scale * cosines of image_features, text_features        clip_loss
+    logits = exp(logit_scale) * cosines of both features             clip_loss
     loss = cross_entropy(logits), both ways, over all ranks          clip_loss
     loss.backward(), AdamW                                           train_step, update
 
@@ -35,6 +35,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import zlib
@@ -60,9 +61,8 @@ if not hasattr(data, "Batches") or not hasattr(evaluate, "embed_images"):
 
 # -----------------------------------------------------------------------------
 # Config. The one place for every knob: a field is a default, an option, and what the checkpoint
-# stores. In brackets: where a default comes from. Release: CLIP-PGS's code, its recipe for CC12M.
-# Ours: we chose it. The first reading needs none of it but the names; come back when a name has no
-# meaning yet.
+# stores. In brackets: where the default or the option comes from. Release: CLIP-PGS's code, its
+# recipe for CC12M. Ours: we chose it. Skip the list at first, and look up names in it later.
 
 def knob(default, meaning, least=0):
     """A Config field with its help text and, if it is a number, its least value."""
@@ -89,8 +89,8 @@ class Config:
     edges: bool = knob(True, "pgs: propose flat patches; off: any patch (paper's ablation)")
     transport: bool = knob(True, "pgs: balance the similarity by transport (paper's ablation)")
     embeddings: bool = knob(True, "cluster, pgs: compare embeddings, too; off: pixels (E-CLIP)")
-    ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: as images")
-    text_tokens: int = knob(0, "longer captions lose common words, down to this; 0: none (CLIPF)")
+    ema_size: int = knob(0, "side of the EMA encoder's input, such as 112 (A-CLIP); 0: image_size")
+    text_tokens: int = knob(0, "longer captions lose common words, down to this; 0: off (CLIPF)")
     views: int = knob(1, "crops of each image, each with its own mask: 1 or 2 (A-CLIP)", least=1)
     contrast: tuple = knob((), "with --views 2, losses on class tokens: simclr, byol or both (A-CLIP)")
     unmasked_epochs: float = knob(0.0, "epochs on whole images at the end, at most half of all (FLIP)")
@@ -102,7 +102,7 @@ class Config:
     lr: float = knob(1e-3, "peak learning rate (release, for 4096 images), not scaled")
     warmup: int = knob(10_000, "steps of linear warm-up (release), at most a fifth of all (ours)")
     weight_decay: float = knob(0.2, "decoupled weight decay of the weight matrices (CLIP)")
-    grad_clip: float = knob(0.0, "largest norm of the gradient, which is then in the log; 0: any")
+    grad_clip: float = knob(0.0, "largest norm of the gradient, which is then in the log; 0: no limit")
     scale: tuple = knob((0.9, 1.0), "area of the random crop, as a share of the image (open_clip)")
     # run
     seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
@@ -151,7 +151,7 @@ def check(config):
         value = getattr(config, option.name)
         least = option.metadata["least"]
         if isinstance(value, (int, float)):  # nan fails this, too
-            need(least <= value < math.inf, option.name, f"at least {least}")
+            need(least <= value < math.inf, option.name, f"finite, at least {least}")
     tower_sizes(config.model)
     check_mask(config.mask, config.ratio)
     need(config.image_size % config.patch_size == 0, "image_size", f"a multiple of {config.patch_size}")
@@ -208,7 +208,7 @@ def sobel_edges(images, patch_size=16):
     model. Mean gradient magnitude of the luminance, min-max scaled per image; a constant image
     gives zeros. ValueError if the patch size does not divide H and W. CLIP-PGS, edge detection
     (its release differs, see the README)."""
-    weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # MEAN has no gradient
+    weights = torch.tensor([0.299, 0.587, 0.114]) * torch.tensor(data.STD)  # MEAN drops out
     weights = weights.view(3, 1, 1).to(images, non_blocking=True)
     kernel_x = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     kernels = torch.stack([kernel_x, kernel_x.T])[:, None].to(images, non_blocking=True)  # (2, 1, 3, 3)
@@ -241,7 +241,7 @@ def patch_similarity(images, patch_size=16, embeddings=None, alpha=0.0):
         return z @ z.transpose(1, 2)                      # (B, L, L)
 
     pixels = patchify(images.float(), patch_size)
-    pixels = pixels - pixels.mean(-1, keepdim=True)     # unit variance: the cosine sees to it
+    pixels = pixels - pixels.mean(-1, keepdim=True)       # the cosine divides by the deviation
     # A patch whose values are all equal is now zero plus rounding noise, whose direction is random.
     # The same small number, appended to every patch, makes such patches alike.
     S = cosines(F.pad(pixels, (0, 1), value=1e-3))
@@ -265,19 +265,19 @@ def sinkhorn_scaling(similarity):
 
 def balance(similarity):
     """Balanced similarity S' = 1 + EPS * log T = S + EPS * (log u_i + log u_j) of a symmetric S
-    (B, L, L) in [-1, 1]: same shape, float32. To compare by S' is to compare by the plan T. As u is
-    at most 1, S' is at most S, and it is S where both patches are like no other."""
+    (B, L, L) in [-1, 1] with S_ii = 1: same shape, float32. To compare by S' is to compare by the
+    plan T. As u is at most 1, S' is at most S, and it is S where both patches are like no other."""
     log_u = sinkhorn_scaling(similarity)
     return similarity.float() + EPS * (log_u + log_u.transpose(1, 2))
 
 def sinkhorn(similarity):
-    """The plan T of `sinkhorn_scaling`, (B, L, L) float32: the doubly stochastic matrix nearest in KL
-    to exp(S / EPS). Rows and columns sum to 1. Selection needs its logarithm only, see `balance`."""
+    """The plan T of `sinkhorn_scaling`, (B, L, L) float32: the doubly stochastic matrix nearest in
+    KL to exp(S / EPS). Rows and columns sum to 1. Selection needs its logarithm only: `balance`."""
     return ((balance(similarity) - 1) / EPS).exp()
 
 def pgs_score(similarity, candidates, transport=True):
-    """(B, L): the similarity to the nearest candidate, balanced by optimal transport (CLIP-PGS,
-    selection). similarity (B, L, L), candidates (B, A). Without balance, one large area can take
+    """(B, L): the similarity to the most similar candidate, balanced by optimal transport
+    (CLIP-PGS, selection). similarity (B, L, L), candidates (B, A). Without balance, one large area can take
     all that goes."""
     if transport:
         similarity = balance(similarity)
@@ -303,8 +303,7 @@ def remove(priority, ratio, count=None):
     fewest = min(round(ratio[0] * L), L - 1)        # one patch always stays
     most = min(round(ratio[-1] * L), L - 1)
     order = priority.argsort(dim=1, stable=True)    # (B, L) lowest first: these stay longest
-    # K is the most that the ratio allows: for the batch's own maximum, the CPU would wait for the
-    # GPU.
+    # K follows from the ratio alone: to learn the largest num_kept, the CPU would wait for the GPU.
     keep = order[:, :L - fewest]                    # (B, K)
     if fewest == most:
         return keep, None
@@ -318,10 +317,10 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
     """The patches that the encoder sees: keep (B, K) indices, valid (B, K) bool or None if all
     are, see `remove`. name: one of MASKS. images: (B, 3, H, W), normalised. ratio: share of
     patches REMOVED, (r,) exactly, or for one of COUNTING (low, high), decided per image. noise:
-    (B, 2, L) uniform in [0, 1), else drawn from generator: the first half says who is proposed,
-    the second who of the similar patches goes. cluster and pgs compare pixels and, by the share
-    alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask does
-    not depend on the other images of the batch. ValueError for an unknown name or ratio."""
+    (B, 2, L) uniform in [0, 1), else drawn from generator: noise[:, 0] decides who is proposed,
+    noise[:, 1] who of the similar patches is removed. cluster and pgs compare pixels and, by the
+    share alpha, embeddings (B, L, D), see `patch_tokens`; attentive needs attention (B, L). A mask
+    does not depend on the other images of the batch. ValueError for an unknown name or ratio."""
     check_mask(name, ratio)
     B = len(images)
     rows = images.shape[2] // patch_size
@@ -349,7 +348,7 @@ def make_mask(name, images, ratio, generator=None, *, patch_size=16, noise=None,
             candidates = proposal.topk(max(1, round(ANCHORS * L))).indices  # (B, A)
             transport = False                       # E-CLIP has none
         elif name == "pgs":    # CLIP-PGS
-            strength = torch.zeros_like(proposal)
+            strength = torch.zeros_like(proposal)   # (B, L) of edges
             if edges:
                 strength = sobel_edges(images.float(), patch_size)
             candidates = pgs_candidates(strength, proposal)
@@ -501,7 +500,7 @@ class VisionTransformer(nn.Module):
         if keep is not None:
             # From here on only what stays is computed.
             patches = patches.take_along_dim(keep[..., None], dim=1)
-            # As position[keep], whose gradient on a CPU depends on which thread is first.
+            # As position[keep], but on a CPU, too, the gradient is the same each time.
             position = F.embedding(keep, position)
         weight = self.conv1.weight.flatten(1)    # conv1 has no overlap: at one patch it is a matrix
         return F.linear(patches, weight) + position
@@ -537,7 +536,8 @@ def send(x, device):
     return x.to(device, non_blocking=True)
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. `config.vocab_size` is the tokenizer's."""
+    """Two towers and logit_scale, the log of an inverse temperature. `config.vocab_size` is the
+    tokenizer's."""
     def __init__(self, config):
         super().__init__()
         width, layers, text_width, text_layers, embed_dim = tower_sizes(config.model)
@@ -558,15 +558,14 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """Features (B, E), not normalised, of tokens (B, T): the output at <end>, which sees all
-        before it. What comes after <end> is not computed. Tokens stay on the CPU until here: it
-        then knows how many there are without asking the GPU, which would have to finish its work
-        first."""
+        before it. What comes after <end> is not computed. Tokens stay on the CPU until here, where
+        they are counted: on the GPU, the CPU would have to wait for the result."""
         device = self.text_projection.device
         ends = tokens.argmax(1)                                          # (B,); <end> is the highest id
         T = int(ends.max()) + 1                                          # of the longest caption
         valid = torch.arange(T, device=ends.device) <= ends[:, None]     # (B, T)
         places = send(valid.flatten().nonzero()[:, 0], device)           # (N,)
-        slots = Slots(valid, places)    # valid stays on the CPU: causal attention takes its shape alone
+        slots = Slots(valid, places)    # causal attention reads of valid its shape alone
         tokens = send(tokens[:, :T], device)
         x = self.token_embedding(tokens) + self.positional_embedding[:T]
         x = self.transformer(slots.pack(x), slots, causal=True)          # (N, D)
@@ -575,7 +574,7 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images, tokens, keep=None, valid=None):
-        """Image features, text features (B, E), and the factor of their cosines."""
+        """Image features, text features (B, E), and exp(logit_scale)."""
         return self.encode_image(images, keep, valid), self.encode_text(tokens), self.logit_scale.exp()
 
 # -----------------------------------------------------------------------------
@@ -585,16 +584,16 @@ class CLIP(nn.Module):
 @torch.no_grad()
 def class_attention(visual, images, size=0):
     """How much the class token attends to each patch, mean over layers and heads, (B, L), and the
-    class token at the end, (B, D); images (B, 3, H, W). A row sums to less than 1, the rest is
-    attention to itself. With size, a multiple of the patch size, the tower looks at images of that
-    side (A-CLIP, efficient version)."""
+    class token at the end, (B, D); images (B, 3, H, W). Its attention to itself is left out. With
+    size, a multiple of the patch size, the tower looks at images of that side (A-CLIP, efficient
+    version), and the attention is stretched back."""
     grid = images.shape[-1] // visual.patch_size
     if size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     rows = []
     x = visual.embed(images)                                             # (B, 1 + L, D)
     for block in visual.transformer.resblocks:
-        # The layer, line by line: scaled_dot_product_attention keeps the attention to itself.
+        # The layer, line by line: scaled_dot_product_attention does not return its weights.
         q, k, v = block.attn.qkv(block.ln_1(x))
         logits = q[:, :, :1] @ k.transpose(2, 3) * HEAD_WIDTH ** -0.5    # (B, heads, 1, 1 + L)
         row = logits.float().softmax(-1)
@@ -609,25 +608,26 @@ def class_attention(visual, images, size=0):
     return attention, visual.ln_post(x[:, 0])
 
 @torch.no_grad()
-def update_ema(ema, model, progress):
-    """Moves the EMA weights towards the model's. The rate falls from 0.004 to 0 by a cosine as progress
-    goes 0 -> 1 (A-CLIP: momentum 0.996 -> 1)."""
+def update_ema(ema, source, progress):
+    """Moves the EMA weights towards those of the source. The rate falls from 0.004 to 0 by a cosine
+    as progress goes 0 -> 1 (A-CLIP: momentum 0.996 -> 1)."""
     rate = 0.004 * (math.cos(math.pi * progress) + 1) / 2
-    for average, weight in zip(ema.parameters(), model.parameters()):
+    for average, weight in zip(ema.parameters(), source.parameters()):
         average.lerp_(weight, rate)
 
 # -----------------------------------------------------------------------------
-# Loss. To try another one, rewrite clip_loss. What it learns, such as the temperature, is a parameter
-# of CLIP; CLIP.forward and TwoViews.forward return all of it as one tensor, so that DDP and --accum
-# see it. `update` limits it, `step_numbers` logs it; older checkpoints lack a new one.
+# Loss. To try another one, rewrite clip_loss. What a loss learns, such as logit_scale, is a
+# parameter of CLIP; CLIP.forward and TwoViews.forward return all of it as one tensor, so that DDP
+# and --accum see it. `update` limits it, `step_numbers` logs it. Older checkpoints do not hold a
+# new parameter.
 
 ranks = evaluate.ranks  # (rank, world_size): (0, 1) without torchrun
 
 def gather(x):
     """(B, ...) of each rank -> (world_size * B, ...) on all ranks, in their order. All ranks then
     compute the same loss of all pairs. The gradient goes to this rank's own rows, times world_size,
-    because DDP will take the mean of the ranks' gradients. Parameters of the loss, such as the
-    temperature, need no factor: each rank has all of their gradient."""
+    because DDP will take the mean of the ranks' gradients. Parameters of the loss, such as
+    logit_scale, need no factor: each rank has all of their gradient."""
     rank, world_size = ranks()
     if world_size == 1:
         return x
@@ -669,9 +669,9 @@ def make_optimizer(config, *modules):
     return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 # -----------------------------------------------------------------------------
-# One step. The loop sets the learning rate and draws the noise (`take_step`), by the functions below;
-# `train_step` does the rest. As a run goes on, the learning rate changes, and alpha (how much
-# embeddings count in pgs and cluster), and at its end the masks may go. What None means here:
+# One step. The loop (`take_step`) sets the learning rate and draws the noise, by the functions
+# below; `train_step` does the rest. During a run the learning rate changes, and alpha, the weight
+# of embeddings in pgs and cluster, grows. The last steps may have no masks. What None means here:
 #
 #     noise          this step sees whole images: --mask none, or the last, unmasked epochs
 #     keep           the encoder sees all patches
@@ -729,23 +729,23 @@ def choose_patches(config, visual, ema, images, noise, progress):
                      edges=config.edges, transport=config.transport)
 
 def train_step(config, clip, model, optimizer, batch, noise, progress, ema=None):
-    """One update on a local batch, a `data.Batch`: (numbers of this rank for the log, keep,
-    valid). model is clip, or clip in DDP. progress: the share of the run that is done. The CPU
-    only gives orders here and reads nothing back from the GPU (a range of ratios: once), so that
-    the GPU always has work to do; the loop waits for it once a step, for the log."""
+    """One update on a local batch, a `data.Batch`: (numbers of this rank for the log; keep and
+    valid for masks.png). model is clip, or clip in DDP. progress: the share of the run that is
+    done. The CPU only gives orders here and reads nothing back from the GPU (a range of ratios:
+    once), so that the GPU always has work to do; the loop waits for it once a step, for the log."""
     device = clip.logit_scale.device
     images = data.normalize(batch.images.to(device, non_blocking=True))               # (B, 3, H, W)
     decoded = batch.decoded.to(device, non_blocking=True)                                   # (B,)
     with autocast(config, device):
         keep, valid = choose_patches(config, clip.visual, ema, images, noise, progress)     # (B, K)
-        image_features, text_features, scale = model(images, batch.tokens, keep, valid)     # (B, E)
-    loss = clip_loss(image_features.float(), text_features.float(), scale, decoded)
+        image_features, text_features, logit_scale = model(images, batch.tokens, keep, valid)
+    loss = clip_loss(image_features.float(), text_features.float(), logit_scale, decoded)    # of (B, E)
     loss.backward()
     grad_norm = update(config, clip, optimizer, ema, progress)
     return step_numbers(config, clip, loss, grad_norm, keep, valid), keep, valid
 
 def update(config, clip, optimizer, ema, progress):
-    """AdamW's step, after which the gradients are gone and the temperature is limited; then the EMA's.
+    """AdamW's step; then clears the gradients, limits logit_scale and moves the EMA weights.
     Returns the gradient's norm before clipping, None without --grad-clip."""
     grad_norm = None
     if config.grad_clip:
@@ -781,23 +781,23 @@ def step_numbers(config, clip, loss, grad_norm, keep, valid):
 
 def backward_in_passes(model, features, num_passes, loss_of):
     """Adds the gradient of the whole batch's loss to the parameters; returns the loss. features(i)
-    computes pass i: tensors (b, ...), and last one tensor that all passes share, the temperature."""
+    computes pass i: tensors (b, ...), and last one that all passes share, exp(logit_scale)."""
     with torch.no_grad():
         found = [features(i) for i in range(num_passes)]
-    *whole, scales = zip(*found)
+    *whole, logit_scales = zip(*found)
     whole = [torch.cat(tensors).requires_grad_() for tensors in whole]   # (B, ...) each
-    scale = scales[0].detach().requires_grad_()
-    loss = loss_of(*whole, scale)
+    logit_scale = logit_scales[0].detach().requires_grad_()
+    loss = loss_of(*whole, logit_scale)
     loss.backward()                                                      # as far as the features
     # Class tokens have no gradient without --contrast.
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in whole]
     gradients = [x.chunk(num_passes) for x in gradients]
     for i in range(num_passes):
         # DDP averages gradients over the ranks at the end of a backward pass: once, in the last,
-        # is enough. The gradient of the temperature belongs to all passes: it, too, goes in once.
+        # is enough. The gradient of logit_scale belongs to all passes: it, too, goes in once.
         is_last = i == num_passes - 1
         model.require_backward_grad_sync = is_last      # DDP's; without DDP nobody reads it
-        scale_gradient = scale.grad if is_last else torch.zeros_like(scale)
+        scale_gradient = logit_scale.grad if is_last else torch.zeros_like(logit_scale)
         torch.autograd.backward(features(i), [*(x[i] for x in gradients), scale_gradient])
     return loss.detach()
 
@@ -806,8 +806,8 @@ def joined(tensors):
     return None if tensors[0] is None else torch.cat(tensors)
 
 def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress, ema=None):
-    """The update of `train_step` and what it returns, in --accum passes. With a range of ratios the CPU
-    waits for the GPU once in each forward pass, two for each of --accum."""
+    """The update of `train_step` and what it returns, in --accum passes. With a range of ratios the
+    CPU waits for the GPU once in each forward pass, two for each of --accum."""
     device = clip.logit_scale.device
     images = batch.images.to(device, non_blocking=True)  # as bytes: floats of the whole batch are too large
     decoded = batch.decoded.to(device, non_blocking=True)
@@ -824,8 +824,8 @@ def train_step_in_passes(config, clip, model, optimizer, batch, noise, progress,
     def features(i):
         pixels = data.normalize(images[i])
         with autocast(config, device):
-            image, text, scale = model(pixels, tokens[i], keep[i], valid[i])
-        return image.float(), text.float(), scale
+            image, text, logit_scale = model(pixels, tokens[i], keep[i], valid[i])
+        return image.float(), text.float(), logit_scale
 
     loss = backward_in_passes(model, features, config.accum, partial(clip_loss, decoded=decoded))
     grad_norm = update(config, clip, optimizer, ema, progress)
@@ -902,8 +902,8 @@ class TwoViews(nn.Module):
 
     def forward(self, images, tokens, keep, valid):
         """Of images (2b, 3, H, W), the views of an image one after the other: class tokens
-        (b, 2, D), image features (b, 2, E), then text features (b, E) and the factor of the
-        cosines. keep, valid (2b, K) or None."""
+        (b, 2, D), image features (b, 2, E), then text features (b, E) and exp(logit_scale). keep,
+        valid (2b, K) or None."""
         class_tokens = self.clip.visual(images, keep, valid).unflatten(0, (-1, 2))
         image_features = class_tokens @ self.clip.visual.proj
         return class_tokens, image_features, self.clip.encode_text(tokens), self.clip.logit_scale.exp()
@@ -969,12 +969,12 @@ def two_view_step(config, clip, model, optimizer, batch, noise, progress, ema=No
     def features(i):
         pixels = data.normalize(views[i])
         with autocast(config, device):
-            class_tokens, image, text, scale = model(pixels, tokens[i], keep[i], valid[i])
-        return class_tokens.float(), image.float(), text.float(), scale
+            class_tokens, image, text, logit_scale = model(pixels, tokens[i], keep[i], valid[i])
+        return class_tokens.float(), image.float(), text.float(), logit_scale
 
-    def loss_of(class_tokens, image, text, scale):
-        first = clip_loss(image[:, 0], text, scale, decoded)
-        second = clip_loss(image[:, 1], text, scale, decoded)
+    def loss_of(class_tokens, image, text, logit_scale):
+        first = clip_loss(image[:, 0], text, logit_scale, decoded)
+        second = clip_loss(image[:, 1], text, logit_scale, decoded)
         loss = (first + second) / 2
         if config.contrast:
             loss = loss + heads(class_tokens, taught, decoded)
@@ -1032,8 +1032,10 @@ def claim(config):
     lock = open(f"{config.out}/.lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # any other error: the file system cannot lock
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
+    except OSError:
+        print(f"warning: --out {config.out}: its disk cannot lock files; start no second run there")
     path = f"{config.out}/ckpt.pt"
     if os.path.exists(path) and not (config.resume and os.path.samefile(config.resume, path)):
         then = evaluate.read_checkpoint(path)
@@ -1140,7 +1142,7 @@ def prepare(config, state, device):
     starts."""
     rank, world_size = ranks()
     for folder in config.val:
-        if folder not in DEMO["val"]:  # the demo's may have yet to be drawn
+        if config.data or folder not in DEMO["val"]:  # the demo's may have yet to be drawn
             evaluate.read_folder(folder)
     os.makedirs(config.out, exist_ok=True)  # each machine keeps an index there
     lock = claim(config) if rank == 0 else None
@@ -1193,7 +1195,7 @@ def save(run, name):
 
 def data_sum(index):
     """A number that other samples change; the same ones in another folder do not."""
-    return zlib.crc32(index.tobytes())
+    return zlib.crc32(index)
 
 def open_log(path, run):
     """The log, open for appending, without what comes after the checkpoint, to be repeated. At the
@@ -1225,10 +1227,13 @@ def epoch_loader(run, epoch, steps):
     order = order.reshape(run.steps_per_epoch, world_size, -1)[:, rank]  # (steps, this rank's samples)
     batches = data.Batches(config, run.shards, run.index, order, run.tokenizer, epoch, run.chances,
                            num_masked=run.masked_steps - epoch * run.steps_per_epoch)
+    start_method = None  # Python's own
+    if config.workers and sys.platform == "linux":
+        start_method = "fork"  # all workers share one index in memory
     # The range is the sampler: batch number 7 is made first if 7 steps of the epoch are done.
     return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=data.ignore_signals)
+        batches, batch_size=None, sampler=steps, pin_memory=torch.cuda.is_available(),
+        num_workers=config.workers, multiprocessing_context=start_method, worker_init_fn=data.ignore_signals)
 
 def over_ranks(values, device):
     """The sum over all ranks of a list of numbers. Waits for the GPU."""
@@ -1305,17 +1310,18 @@ def train_epoch(run, epoch, log, requests):
         for name, total in zip(numbers, sums):
             run.record[name] = total / world_size
         losses.append(run.record["loss"])
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
         # A signal to one rank stops all of them after this step.
         due = requested or run.step % config.save_every == 0 or len(losses) == len(steps)
         causes.update(batch.lost)
         num_lost += int(lost)
         num_read = len(losses) * run.global_batch
-        allowed = config.max_bad * (num_read if due else max(num_read, 1000))  # the first few prove nothing
+        whole_epoch = len(losses) == run.steps_per_epoch
+        allowed = config.max_bad * (num_read if whole_epoch else max(num_read, 1000))  # a few prove nothing
         if lost == run.global_batch or num_lost > allowed:
             raise ValueError(f"{skipped_lines(epoch, num_lost, num_read, causes)}\n"
                              f"more than --max-bad {config.max_bad}, or a batch without a pair")
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"step {run.step}: the loss is {losses[-1]}; no checkpoint holds this step")
         write_record(log, run.record)
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_s:.0f} images/s", refresh=False)
         if due:
@@ -1406,6 +1412,8 @@ def train(config, state, device):
     # first.
     for epoch in range(max(0, run.step - 1) // run.steps_per_epoch, run.num_epochs):
         losses = train_epoch(run, epoch, log, requests)
+        if not losses:  # the checkpoint to go on from may lie in another folder
+            save(run, "ckpt.pt")
         if config.keep_epochs:
             save(run, f"epoch_{epoch + 1}.pt")
         results = evaluate.evaluate_all(run.clip, run.tokenizer, config, config.val, requests)
@@ -1551,6 +1559,8 @@ def parse(arguments):
             options[name] = tuple(value)
     if options["resume"]:
         kept = options | state["config"]
+        if options["steps"] and options["epochs"] != kept["epochs"]:
+            raise ValueError(f"--epochs {options['epochs']}: the run's --steps decides; pass --steps 0, too")
         if options["vocab_size"] > kept["vocab_size"]:  # a limit, which the run's captions did not reach
             options["vocab_size"] = kept["vocab_size"]
         for name in FIXED:  # a job's script may repeat these options, but not change them
@@ -1584,8 +1594,8 @@ def start(arguments):
         config.precision = "bf16" if device.type == "cuda" else "fp32"
     if world_size > 1:
         on_gpu = device.type == "cuda"
-        # 30 minutes: one process may have to read the shards of a large data set first.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
+        # Two hours: one process may have to read the shards of a large data set first.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if on_gpu else None)
     return train(config, state, device)
 
@@ -1613,6 +1623,7 @@ def main():
 if __name__ == "__main__":
     sys.stdout = data.Unread(sys.stdout)
     sys.stderr = data.Unread(sys.stderr)
+    tqdm.set_lock(threading.RLock())  # its own lock is for processes: on macOS, Python warns of it at the end
     status = main()
     sys.stdout.flush()
     # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or

@@ -1015,9 +1015,11 @@ def draw_split(split, folder):
             file.writelines(f"{line}\n".encode() for line in lines)
 
 def make_demo(folder):
-    """Draws the demo data. Nothing if the folder is there, or another process made it meanwhile."""
-    if os.path.isdir(folder):
+    """Draws the demo data. Nothing if they are there, or another process made them meanwhile."""
+    if os.path.isdir(f"{folder}/train"):
         return
+    if os.path.exists(folder):
+        raise ValueError(f"{folder}: is there already, but without demo data; rename it")
     with suppress(FileExistsError), make_whole(folder) as part:
         for split in SPLITS:
             draw_split(split, f"{part}/{split}")
@@ -1039,6 +1041,7 @@ def main():
     try:
         if options.command == "demo":
             make_demo(options.out)
+            print(f"{options.out} holds the demo data")
             return
         num_shards = pack(options.captions, options.out)
         print(f"wrote {num_shards} shards to {options.out}")

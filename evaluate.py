@@ -180,16 +180,20 @@ def read_batches(samples, size, workers, name):
             ahead = pool.map(read, samples[start + IMAGE_BATCH:start + 2 * IMAGE_BATCH])
             yield images
 
-def collect(model, features, total, fault=""):
-    """Unit features (total, E) of all samples, in order, on all ranks; features: a list of (B, E), of
-    this rank. A `fault` of one rank is a ValueError on all: none may wait for one that is gone."""
-    rank, world_size = ranks()
+def fail_together(fault):
+    """ValueError on all ranks if one has a fault that is not "": none may wait for one that is gone."""
+    _, world_size = ranks()
     if world_size > 1:
         faults = [""] * world_size
         dist.all_gather_object(faults, fault)
         fault = max(faults)  # "" comes before any text
     if fault:
         raise ValueError(fault)
+
+def collect(model, features, total):
+    """Unit features (total, E) of all samples, in order, on all ranks; features: a list of (B, E), of
+    this rank."""
+    rank, world_size = ranks()
     joined = model.text_projection.new_zeros(total, model.text_projection.shape[1])
     if features:  # there may be fewer samples than ranks
         joined[rank::world_size] = torch.cat(features)
@@ -214,7 +218,8 @@ def embed_images(model, samples, config, workers=4, name=""):
             features.append(model.encode_image(images))
     except ValueError as error:
         fault = str(error)
-    return collect(model, features, len(samples), fault)
+    fail_together(fault)
+    return collect(model, features, len(samples))
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts):
@@ -406,10 +411,11 @@ def frame_patches(image, patches, patch_size):
     """The image (3, H, H) uint8 with a green frame around each of the patches, (N,) indices."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(picture)
+    width = max(1, patch_size // 8)
     for patch in patches.tolist():
         row, column = divmod(patch, image.shape[-1] // patch_size)
         x, y = column * patch_size, row * patch_size
-        draw.rectangle((x, y, x + patch_size - 1, y + patch_size - 1), outline="lime", width=patch_size // 8)
+        draw.rectangle((x, y, x + patch_size - 1, y + patch_size - 1), outline="lime", width=width)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def hide_removed(images, keep, valid, patch_size):
@@ -678,7 +684,12 @@ def evaluate(model, tokenizer, config, folder, workers=4, probe=False, pictures=
     to call the folder in the progress bar and among the pictures, if not by its path."""
     name = name or folder
     picture = pictures and f"{pictures}/{name.replace('/', '__')}.png"
-    test = read_folder(folder)
+    fault = ""
+    try:
+        test = read_folder(folder)
+    except (ValueError, OSError) as error:  # maybe on this machine alone
+        fault = data.message(error)
+    fail_together(fault)
     images = embed_images(model, test.samples, config, workers, name)
 
     if not test.classnames:  # retrieval
@@ -829,6 +840,8 @@ def main():
         print("one process is enough: call python evaluate.py, not torchrun", file=sys.stderr)
     try:
         run(args)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; does another process use the card?")
     except (ValueError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {data.message(error)}")
 

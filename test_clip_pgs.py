@@ -858,6 +858,9 @@ def work_of_a_rank(rank, folder):
     # A picture of rank 1 is broken: both hear of it.
     with pytest.raises(ValueError, match="001.jpg does not decode"):
         evaluate.evaluate(*SMALL_CLIP, f"{folder}/broken", workers=1)
+    # Rank 1 alone lacks the folder: both hear of it.
+    with pytest.raises(ValueError, match="gone: no such folder"):
+        evaluate.evaluate(*SMALL_CLIP, f"{folder}/{('retrieval', 'gone')[rank]}", workers=1)
     torch.save((steps, metrics), f"{folder}/rank_{rank}.pt")
     os._exit(0)  # as main does
 
@@ -1042,13 +1045,19 @@ def test_broken_samples_are_skipped_and_counted(train, tmp_path, capsys):
     assert printed.count("2 of 40 samples skipped") == 1
     assert printed.count("  2  cannot identify image file") == 1
 
+def test_a_run_that_stopped_amid_an_epoch_goes_on_past_as_many_broken_samples(train, tmp_path):
+    draw_shards(tmp_path, broken=(7, 33))
+    train("--max-bad", 0.05, "--steps", 1)
+    assert len(train("--max-bad", 0.05, "--steps", 5, "--resume")) == 5
+
 @pytest.mark.parametrize("broken, most, says, steps", [
     (20, 0.1, "20 of 40 samples skipped[^$]*20  cannot identify image[^$]*--max-bad 0.1", 4),
-    (40, 1, "8 of 8 samples skipped[^$]*8  cannot identify image[^$]*a batch without a pair", 0)])
+    (40, 1, "8 of 8 samples skipped[^$]*8  cannot identify image[^$]*a batch without a pair", 0),
+    (40, "1 --views 2 --contrast simclr", "8 of 8 samples skipped[^$]*a batch without a pair", 0)])
 def test_too_many_broken_samples_stop_a_run_before_its_checkpoint(
         train, tmp_path, out, broken, most, says, steps):
     draw_shards(tmp_path, broken=range(broken))
-    train("--max-bad", most, fails=says)
+    train("--max-bad", *str(most).split(), fails=says)
     assert not (out / "ckpt.pt").exists()
     assert len(read_log(out)) == steps
 
@@ -1074,6 +1083,16 @@ def test_a_second_process_in_the_same_folder_notices_the_first(train, tmp_path, 
     assert second.returncode == 1
     assert "another process trains there" in errors
     assert "Traceback" not in errors
+
+def test_a_disk_without_locks_is_named_and_does_not_end_the_training(train, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "lockf", broken_disk)
+    train("--steps", 1)
+    assert "its disk cannot lock files" in capsys.readouterr().out
+
+def test_a_run_at_its_end_that_goes_on_in_another_folder_has_its_checkpoint_there(train, tmp_path, out):
+    train("--steps", 2)
+    train("--steps", 2, "--resume", out / "ckpt.pt", out="other")
+    assert torch.load(tmp_path / "other" / "ckpt.pt")["step"] == 2
 
 def test_a_folder_that_fails_is_named_and_does_not_end_the_training(tmp_path, pets, capsys):
     draw_shards(tmp_path)
@@ -1170,11 +1189,12 @@ def test_a_resumed_run_says_what_differs(train, tmp_path, capsys):
     train("--steps", 5, "--resume", out="new")
     assert f"no checkpoint in {tmp_path}/new: a new run" in capsys.readouterr().out
 
-@pytest.mark.parametrize("more", ["--init x.pt", "--vocab x.gz", "--vocab-size 520", "--contrast byol"])
+@pytest.mark.parametrize("more", ["--init x.pt", "--vocab x.gz", "--vocab-size 520", "--contrast byol",
+                                  "--epochs 9"])
 def test_what_cannot_take_effect_on_a_resumed_run_is_refused(train, more):
     train("--steps", 2)
     option = more.split()[0]
-    train(*more.split(), "--steps", 4, "--resume", fails=f"{option} .*: the run that goes on has .*, which")
+    train(*more.split(), "--steps", 4, "--resume", fails=f"{option} .*: the run")
 
 def test_a_resumed_run_takes_a_new_weight_decay(train, out):
     train("--steps", 2)
@@ -1235,7 +1255,8 @@ def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
 @pytest.mark.parametrize("arguments, says", [
     ("--data a.tar", "a.tar: no such file"), ("--data {3..1}.tar", "tar: no such file"),
     ("--data .", "a folder"), ("--batch-size 9", "9 images per step, but only 8 samples"),
-    ("--val nowhere", "nowhere: no such folder"), ("--resume good.tar", "good.tar: refused"),
+    ("--val nowhere", "nowhere: no such folder"), ("--val demo/seen", "demo/seen: no such folder"),
+    ("--resume good.tar", "good.tar: refused"),
     ("--vocab good.tar", "--vocab good.tar: [^\n]*not CLIP"), ("--vocab three.gz", "--vocab three.gz: "),
     ("--show-masks good.tar", "good.tar: cannot identify image file")])
 def test_bad_input_ends_in_one_clear_line_and_exit_status_1(tmp_path, monkeypatch, arguments, says):
@@ -1702,6 +1723,9 @@ def test_the_demo_folders_have_the_layout_of_clip_benchmark(tmp_path, few_scenes
         assert (len(folder.samples), len(folder.classnames)) == (2, num_classes)
     assert len(data.build_index([f"{tmp_path}/demo/train/00000.tar"])[0]) == 3
 
+def test_a_folder_called_demo_without_demo_data_is_named(tmp_path):
+    command("demo", tmp_path, module=data, fails="is there already, but without demo data")
+
 def test_of_two_demos_drawn_at_once_the_first_that_is_whole_stays(tmp_path, few_scenes, monkeypatch):
     demo = f"{tmp_path}/demo"
     draw_split = data.draw_split
@@ -1856,6 +1880,12 @@ def test_removed_patches_are_grey_and_slots_that_are_not_valid_hold_removed_ones
     expected = torch.full((4, 4), 128)
     expected[2:, 2:] = 0
     assert seen[0, 0].equal(expected.byte())
+
+@pytest.mark.parametrize("patch_size", [2, 16])
+def test_a_frame_around_a_patch_shows_at_any_size(patch_size):
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    framed = evaluate.frame_patches(image, torch.tensor([1]), patch_size)
+    assert framed[1, 0, patch_size] == 255 and framed[1, 0, patch_size - 1] == 0
 
 def test_of_paths_as_many_last_parts_are_shown_as_tell_them_apart():
     assert evaluate.tell_apart(["x/val/", "y/test", "y/test"]) == {"x/val/": "val", "y/test": "test"}
