@@ -106,7 +106,7 @@ class Config:
     scale: tuple = knob((0.9, 1.0), "area of the random crop, as a share of the image (open_clip)")
     # run
     seed: int = knob(0, "fixes the first weights, the order of the data, the crops and the masks")
-    workers: int = knob(4, "processes per rank that read and decode; 0: the rank reads by itself")
+    workers: int = knob(4, "processes per rank that decode, some 400 images/s each; 0: the rank does")
     out: str = knob("out", "folder for the checkpoint, log, pictures and index of the shards")
     save_every: int = knob(1000, "steps between checkpoints; an epoch's end writes one", least=1)
     keep_epochs: bool = knob(False, "keep the checkpoint of every epoch, as epoch_1.pt and so on")
@@ -1033,7 +1033,8 @@ def claim(config):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"--out {config.out}: another process trains there; name another folder") from None
+        raise ValueError(f"--out {config.out}: another process trains there; name another folder, or "
+                         "remove its .lock if that process's machine is gone") from None
     except OSError:
         print(f"warning: --out {config.out}: its disk cannot lock files; start no second run there")
     path = f"{config.out}/ckpt.pt"
@@ -1179,11 +1180,13 @@ def prepare(config, state, device):
                record=state.get("record"), lock=lock)
 
 def save(run, name):
-    """Rank 0 writes a checkpoint to --out. OSError if it can't be; the one from before is then
-    whole."""
+    """Rank 0 writes a checkpoint to --out. OSError if it can't be, ValueError if the training has
+    diverged; the one from before is then whole."""
     rank, _ = ranks()
     if rank > 0:
         return
+    if not all(weights.isfinite().all() for weights in run.clip.parameters()):
+        raise ValueError(f"step {run.step}: the weights are not finite; no checkpoint holds this step")
     state = dict(model=run.clip.state_dict(), optimizer=run.optimizer.state_dict(),
                  ema=None if run.ema is None else run.ema.state_dict(),
                  heads=run.heads.state_dict(),
@@ -1316,7 +1319,8 @@ def train_epoch(run, epoch, log, requests):
         num_lost += int(lost)
         num_read = len(losses) * run.global_batch
         whole_epoch = len(losses) == run.steps_per_epoch
-        allowed = config.max_bad * (num_read if whole_epoch else max(num_read, 1000))  # a few prove nothing
+        # Broken samples may lie in one shard: it needs ten shards' worth, or an epoch, to judge.
+        allowed = config.max_bad * (num_read if whole_epoch else max(num_read, 10 * data.WINDOW))
         if lost == run.global_batch or num_lost > allowed:
             raise ValueError(f"{skipped_lines(epoch, num_lost, num_read, causes)}\n"
                              f"more than --max-bad {config.max_bad}, or a batch without a pair")
@@ -1626,6 +1630,8 @@ if __name__ == "__main__":
     tqdm.set_lock(threading.RLock())  # its own lock is for processes: on macOS, Python warns of it at the end
     status = main()
     sys.stdout.flush()
+    if "IPython" in sys.modules:  # %run in a notebook, which is to live on
+        sys.exit(status)
     # At once: a normal exit would wait for workers that ignore SIGTERM, and it can hang in NCCL or
     # gloo.
     os._exit(status)

@@ -20,7 +20,9 @@ import signal
 import sys
 import tarfile
 import tempfile
+import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -56,7 +58,7 @@ def write_whole(path, suffix=".part"):
             os.fsync(file.fileno())
         os.replace(part, target)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        cause = getattr(error, "strerror", None) or "is the disk full?"
+        cause = getattr(error, "strerror", None) or f"is the disk full? torch says {str(error):.200}"
         raise OSError(f"{path}: could not be written ({cause}); one from before is untouched") from None
     finally:
         if os.path.exists(part):
@@ -158,7 +160,8 @@ def tar_members(path):
     length = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in iter(tar.next, None):
+            members = iter(tar.next, None) if tar.firstmember else ()  # Python 3.10 fails in an empty tar
+            for member in members:
                 tar.members = []  # else tarfile keeps them all
                 if not member.offset < tar.offset <= length:
                     raise EOFError  # the next header has to lie further on, and inside the file
@@ -280,13 +283,13 @@ def scan(shards, workers, progress):
             lost[cause][0] += 1
     return np.concatenate(rows), [fault for fault in faults if fault], lost
 
-def kept_scan(folder, stamp):
-    """What `scan` found at an earlier start, or None. Ranks share the pages of index.npy in memory."""
+def kept_scan(path, stamp):
+    """What `scan` found at an earlier start, or None. Ranks share the pages of the .npy in memory."""
     with suppress(Exception):  # not there yet, or damaged: it is only a copy
-        with open(f"{folder}/index.json") as file:
+        with open(f"{path}.json") as file:
             kept_stamp, faults, lost = json.load(file)
         if kept_stamp == stamp:
-            return np.load(f"{folder}/index.npy", mmap_mode="r"), faults, lost
+            return np.load(f"{path}.npy", mmap_mode="r"), faults, lost
     return None
 
 def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
@@ -295,13 +298,15 @@ def build_index(shards, max_bad=0.1, folder="", workers=0, progress=False):
     OSError if a disk fails. `folder` keeps the index for the next start and for other ranks."""
     # Is a kept index still true? A file's ctime changes with its content and with its permissions.
     stamp = [[path, os.stat(path).st_ctime_ns] for path in shards]
-    kept = kept_scan(folder, stamp) if folder else None
+    # Machines with shards on disks of their own may share the folder: each has an index of its own there.
+    path = f"{folder}/index-{zlib.crc32(json.dumps(stamp).encode()):08x}"
+    kept = kept_scan(path, stamp) if folder else None
     index, faults, lost = kept or scan(shards, workers, progress)
     if folder and not kept:
-        suffix = f".{os.urandom(4).hex()}.part"  # a name of its own: each machine of a run may write here
-        with write_whole(f"{folder}/index.npy", suffix) as file:
+        suffix = f".{os.urandom(4).hex()}.part"  # two machines may write at the same time
+        with write_whole(f"{path}.npy", suffix) as file:
             np.save(file, index)
-        with write_whole(f"{folder}/index.json", suffix) as file:
+        with write_whole(f"{path}.json", suffix) as file:
             file.write(json.dumps([stamp, faults, lost]).encode())
     if len(faults) > max_bad * len(shards):
         raise ValueError("\n".join(faults))
@@ -332,12 +337,16 @@ def epoch_order(index, seed, epoch):
 # with another.
 open_shard = lru_cache(maxsize=64)(open)
 
-def read_bytes(path, offset, size):
-    """`size` bytes of a file from `offset` on. OSError, which names the file, if that fails."""
+def read_bytes(path, offset, size, again=True):
+    """`size` bytes of a file from `offset` on. OSError, which names the file, if that fails twice."""
     try:
         # pread, not seek and read: workers inherit open files, and with them one position for all.
         raw = os.pread(open_shard(path, "rb", buffering=0).fileno(), size, offset)
     except OSError as error:
+        if again:  # a network disk may have been away for a moment; files opened before then stay unreadable
+            open_shard.cache_clear()
+            time.sleep(10)
+            return read_bytes(path, offset, size, again=False)
         raise OSError(f"{path}: {error.strerror}") from None
     if len(raw) < size:
         raise OSError(f"{path}: ends before byte {offset + size}, but was longer when its index was made")

@@ -46,14 +46,15 @@ Sample = namedtuple("Sample", "path offset size name", defaults=(0, -1, "the pic
 # captions for each sample, and no classnames and templates.
 Folder = namedtuple("Folder", "samples targets classnames templates")
 
-def read_lines(path):
-    """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank."""
+def read_lines(path, blank=False):
+    """The lines of a text file. ValueError if it is missing, not UTF-8, or a line is blank that may
+    not be."""
     try:
         text = Path(path).read_text("utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError):
         raise ValueError(f"{path}: missing or not UTF-8; expected CLIP_benchmark's layout") from None
     lines = [line.strip() for line in text.splitlines()] or [""]
-    if "" in lines:
+    if not any(lines) or ("" in lines and not blank):
         raise ValueError(f"{path}: line {lines.index('') + 1} is blank")
     return lines
 
@@ -84,7 +85,7 @@ def read_shard(shard, extension):
 def read_split(folder, extension):
     """Yields what read_shard does, for all shards of a split."""
     number = read_lines(f"{folder}/nshards.txt")[0]
-    there = len(list(Path(folder).glob("*.tar")))
+    there = len(list(Path(folder).glob("[!.]*.tar")))  # no ._0.tar, which macOS puts beside 0.tar
     if there == 0 or number != str(there):
         raise ValueError(f"{folder}/nshards.txt: says {number}, but the folder holds {there} tars")
     for i in range(there):
@@ -103,7 +104,7 @@ def read_folder(folder, split="test"):
     if kind != "classification":
         raise ValueError(f"{folder}/dataset_type.txt: '{kind}', expected retrieval or classification")
     samples, labels = zip(*read_split(f"{folder}/{split}", "cls"))
-    classnames = read_lines(f"{folder}/classnames.txt")
+    classnames = read_lines(f"{folder}/classnames.txt", blank=True)  # in one of CLEVR a class has no name
     templates = read_lines(f"{folder}/zeroshot_classification_templates.txt")
     for line in templates:
         if "{c}" not in line:
@@ -247,7 +248,7 @@ def class_features(model, tokenizer, classnames, templates):
     return F.normalize(features, dim=-1)
 
 def classification_metrics(scores, labels):
-    """acc1, acc5 (or of all C classes, if fewer), mean_per_class_recall of scores (N, C), labels (N,)."""
+    """acc1, acc5 (of five classes or more), mean_per_class_recall of scores (N, C), labels (N,)."""
     C = scores.shape[1]
     right = scores.topk(min(5, C)).indices == labels[:, None]                   # (N, 5)
     first = right[:, 0]                                                         # (N,)
@@ -255,7 +256,11 @@ def classification_metrics(scores, labels):
     total = labels.bincount(minlength=C)
     recall = hits.double() / total
     recall = recall[total > 0]  # a class without an image has none
-    return {"acc1": mean(first), "acc5": mean(right.any(1)), "mean_per_class_recall": mean(recall)}
+    metrics = {"acc1": mean(first)}
+    if C >= 5:
+        metrics["acc5"] = mean(right.any(1))
+    metrics["mean_per_class_recall"] = mean(recall)
+    return metrics
 
 # -----------------------------------------------------------------------------
 # Retrieval: the image of a caption, and a caption of an image.
@@ -568,6 +573,9 @@ TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
          "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
          "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"}
 
+# Who trained with QuickGELU. No tensor tells; OpenAI's archives are known by what else they hold.
+QUICK_GELU = "OpenAI (in a plain dict), MetaCLIP, DFN or LAION-400M's ViT-B-32"
+
 # Trainers store numbers of NumPy, too: a learning rate of open_clip's is one. torch.load takes them
 # for code unless it is told the parts they are made of, one of which NumPy 2 has renamed.
 scalar = np.float64(0).__reduce__()[0]
@@ -650,7 +658,7 @@ def load(path, vocab="", quick_gelu=False):
                 name = name.removeprefix("module.")    # and DDP this
                 state[name] = x.float()
         openai = "input_resolution" in state  # OpenAI's archives alone hold these three numbers
-        for name in ("input_resolution", "context_length", "vocab_size"):
+        for name in ("input_resolution", "context_length", "vocab_size", "logit_bias"):  # SigLIP's bias
             state.pop(name, None)
         values = checkpoint["config"] if ours else infer_config(state)
         options = clip_pgs.Config.__dataclass_fields__  # an older file may have some that are gone
@@ -664,7 +672,7 @@ def load(path, vocab="", quick_gelu=False):
         cause = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path}: not a CLIP with a ViT, in open_clip's names ({cause:.300})") from None
     if not ours and not config.quick_gelu:
-        print(f"{path}: read with GELU; weights that OpenAI trained need --quick-gelu", file=sys.stderr)
+        print(f"{path}: read with GELU; weights of {QUICK_GELU} need --quick-gelu", file=sys.stderr)
     if vocab:
         tokenizer = data.Tokenizer.from_file(vocab, config.context_length)
     elif ours:
@@ -729,8 +737,9 @@ def table(results):
     classified = [metrics for metrics in results.values() if "acc1" in metrics]
     if len(classified) > 1:
         rows["average"] = {}
-        for name in classified[0]:
-            rows["average"][name] = sum(metrics[name] for metrics in classified) / len(classified)
+        for name in max(classified, key=len):  # acc5 may be missing
+            values = [metrics[name] for metrics in classified if name in metrics]
+            rows["average"][name] = sum(values) / len(values)
     columns = dict.fromkeys(name for metrics in rows.values() for name in metrics)  # each name once
     longest = max(map(len, rows))
     head = " " * longest
@@ -828,7 +837,7 @@ def main():
     add("--sugarcrepe", metavar="DIR", help="folder of SugarCrepe's seven json files")
     add("--images", metavar="DIR", help="COCO's val2017 images, for --sugarcrepe")
     add("--vocab", metavar="FILE", help="CLIP's bpe_simple_vocab_16e6.txt.gz, for weights made elsewhere")
-    add("--quick-gelu", action="store_true", help="for OpenAI's weights in a plain state dict")
+    add("--quick-gelu", action="store_true", help=f"for weights of {QUICK_GELU}")
     add("--json", metavar="FILE", help="write the metrics, with CLIP_benchmark's names")
     add("--pictures", metavar="DIR", help="write a PNG of what was found or mistaken")
     add("--curves", nargs="+", metavar="LOG", help="draw runs' log.jsonl to curves.png, print last metrics")

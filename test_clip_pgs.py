@@ -966,7 +966,7 @@ def test_a_run_leaves_a_log_a_checkpoint_and_pictures(train, out):
     assert log[0].keys() == {"step", "epoch", "loss", "lr", "logit_scale", "kept"}
     assert (out / "log.jsonl").read_text().count('"images_per_s": ') == 10
     files = " ".join(sorted(os.listdir(out)))
-    assert files == ".lock ckpt.pt curves.png index.json index.npy log.jsonl masks.png"
+    assert re.sub(r"-\w{8}", "", files) == ".lock ckpt.pt curves.png index.json index.npy log.jsonl masks.png"
     assert torch.load(out / "ckpt.pt")["step"] == 10
 
 def test_a_run_says_what_it_does_and_what_to_do_next(train, capsys):
@@ -1168,6 +1168,19 @@ def test_training_goes_on_when_nobody_reads_its_output(train, tmp_path, out):
     process.stdout.close()                                              # as `| head -1` does
     process.stderr.close()
     assert process.wait(timeout=60) == 0 and read_log(out) == whole
+
+def test_weights_that_are_not_finite_are_not_kept(train, out, monkeypatch):
+    train("--steps", 2)
+    before = (out / "ckpt.pt").read_bytes()
+    update = clip_pgs.update
+
+    def diverge(config, clip, *more):
+        update(config, clip, *more)
+        with torch.no_grad():
+            clip.text_projection[0] = math.nan
+    monkeypatch.setattr(clip_pgs, "update", diverge)
+    train("--steps", 3, "--resume", fails="step 3: the weights are not finite")
+    assert (out / "ckpt.pt").read_bytes() == before
 
 def test_a_disk_that_does_not_take_the_log_is_named_with_it(train, monkeypatch):
     log = io.StringIO()
@@ -1403,13 +1416,14 @@ def test_a_second_start_maps_the_kept_index_and_notices_a_shard_that_changed(tmp
         found, _ = data.build_index(shards, folder=str(tmp_path))
         return contents(shards, found)[0], isinstance(found, np.memmap)
 
-    kept = tmp_path / "index.npy"
+    kept, = tmp_path.glob("index-*.npy")
     np.save(kept, index[1:])  # other than the shards: it is read
     assert captions_now() == ([caption_of(i) for i in (1, 2, 3)], True)
     kept.write_bytes(b"damaged")
     assert captions_now() == ([caption_of(i) for i in (0, 1, 2, 3)], False)
     write_shard(shards[0], pairs([7]))
     assert captions_now() == ([caption_of(i) for i in (7, 2, 3)], False)
+    assert len([*tmp_path.glob("index-*.npy")]) == 2  # the first may be another machine's
 
 def test_an_epoch_shuffles_all_samples_and_yet_reads_its_shards_nearly_one_after_the_other(monkeypatch):
     monkeypatch.setattr(data, "WINDOW", 10)
@@ -1606,8 +1620,21 @@ def test_a_sample_has_the_same_crop_in_any_batch_and_another_in_another_epoch(tm
 def test_a_disk_that_fails_is_a_fault_and_not_a_lost_sample(tmp_path, monkeypatch):
     made = batches(tmp_path)
     monkeypatch.setattr(os, "pread", broken_disk)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     assert made[0].lost == []
     assert made[0].fault == f"{tmp_path}/0.tar: Input/output error"
+
+def test_a_disk_that_was_away_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    made = batches(tmp_path)
+    whole = made[0]
+    pread = os.pread
+
+    def come_back(seconds):
+        monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "pread", broken_disk)
+    monkeypatch.setattr(data.time, "sleep", come_back)
+    assert made[0].fault == ""
+    assert made[0].images.equal(whole.images)
 
 @pytest.mark.parametrize("kind, text", [
     ("txt", "\ufeffone\n\ntwo\r\nthree\n"),
@@ -1752,7 +1779,7 @@ SMALL_CLIP = CLIP(tiny(vocab_size=514)).eval(), data.Tokenizer("", 24), tiny(voc
     ("'a photo' lacks {c}", {"templates": "a {c}\na photo"}),
     ("000 has no .txt", {"kind": "retrieval"}),
     ("the label of 002.jpg is '2', but classnames.txt has 2 lines", {"classnames": "cat\ndog"}),
-    ("line 2 is blank", {"classnames": "cat\n\ndog"}),
+    ("line 2 is blank", {"templates": "a {c}\n\nthe {c}"}), ("line 1 is blank", {"classnames": "\n"}),
     ("expected retrieval or", {"kind": "captions"})])
 def test_a_broken_folder_is_named_with_what_is_wrong(tmp_path, message, broken):
     folder = make_folder(tmp_path / "f", labelled(3), **broken)
@@ -1764,6 +1791,7 @@ def test_evaluation_reads_equal_keys_byte_order_marks_and_u_fffd(tmp_path):
     marked = [("9.png", b""), ("9.txt", "\ufeffwhat\ufffd".encode())]
     members = [*pairs([0, 1]), *marked, *pairs([0])]
     write_shard(f"{folder}/test/0.tar", members)
+    Path(f"{folder}/test/._0.tar").touch()                              # macOS's
     found = evaluate.read_folder(folder)
     names = [sample.name for sample in found.samples]
     assert names == ["0000.png", "0001.png", "9.png", "0000.png"]
@@ -1794,7 +1822,7 @@ def test_of_a_very_long_picture_only_the_middle_is_resized(size):
 @torch.no_grad()
 def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_recall(tmp_path):
     model, tokenizer, config = SMALL_CLIP
-    names = ["cat", "dog", "fox", "owl"]
+    names = ["cat", "dog", "", "owl"]
     classes = []
     for name in names:
         sentences = model.encode_text(tokenizer.encode([f"a {name}", f"the {name}."]))
@@ -1808,7 +1836,7 @@ def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_re
     recall = np.mean([np.mean(hits[label::3]) for label in range(3)])
     folder = make_folder(tmp_path / "f", labelled(20), classnames="\n".join(names))
     metrics = evaluate.evaluate(model, tokenizer, config, folder)
-    expected = {"acc1": np.mean(hits), "acc5": 1, "mean_per_class_recall": recall}
+    expected = {"acc1": np.mean(hits), "mean_per_class_recall": recall}
     assert metrics == pytest.approx(expected)
 
 def test_retrieval_finds_an_image_if_fewer_than_k_are_nearer_and_a_caption_if_any_of_its_own_is_found():
@@ -1958,6 +1986,7 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
         (tmp_path / name).write_bytes(safetensors(half))
     elif name == "open_clip.pt":
         wrapped = {f"module._orig_mod.{key}": x for key, x in state.items()}
+        wrapped["logit_bias"] = torch.tensor(-10.0)
         torch.save({"state_dict": wrapped, "lr": np.float64(3), "n": np.int64(7)}, tmp_path / name)
     else:
         sizes = dict.fromkeys(["input_resolution", "context_length", "vocab_size"], torch.tensor(0))
@@ -1965,7 +1994,7 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
     path = str(tmp_path / name)
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
         evaluate.load(path)
-    assert ("OpenAI trained need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
+    assert ("need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
     model, _, found = evaluate.load(path, write_vocabulary(tmp_path / "vocab.gz"))
     config.quick_gelu = name == "openai.pt"
     assert found == config
