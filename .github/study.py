@@ -342,13 +342,13 @@ def with_spread(values):
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
-def minus_random(found, key):
-    """(mean, standard error) of acc1 after the last epoch minus that of random, by the same rule and with as
-    many patches, paired by seed; None if fewer than two seeds have both."""
-    patch_size, rule, name = key
-    other = found[patch_size, rule, "random"]
-    if unmasked(name) and len(other) < 2:
-        other = found[patch_size, OLD_RULE, "random"]
+def minus(found, key, name):
+    """(mean, standard error) of acc1 after the last epoch minus that of the row `name`, by the same rule and
+    with as many patches, paired by seed; None if fewer than two seeds have both, or if the rows are one."""
+    patch_size, rule, own_name = key
+    other = found[patch_size, rule, name]
+    if name == own_name:
+        return None
     differences = [acc1[-1] - other[seed][-1] for seed, acc1 in found[key].items() if seed in other]
     if len(differences) < 2:
         return None
@@ -381,16 +381,18 @@ def cells(found, times, shares, key):
     patch_size, rule, name = key
     seeds = found[key]
     row = {"patches": num_patches(patch_size), "run": name, "rule": rule, "seeds": len(seeds), "time": "",
-           "two draws": "", "minus random": "", "at equal time": ""}
+           "two draws": "", "minus random": "", "minus its mask": "", "at equal time": ""}
     if unmasked(name):
         row["rule"] = "any"
     row["last but one"] = with_spread([acc1[-2] for acc1 in seeds.values()])
     row["last epoch"] = with_spread([acc1[-1] for acc1 in seeds.values()])
     if (patch_size, name) in shares and rule == RULE:
         row["two draws"] = f"{shares[patch_size, name]:.2f}"
-    difference = minus_random(found, key)
-    if difference and name != "random":
-        row["minus random"] = "{:+.1f} ± {:.1f}".format(*difference)
+    its_mask = next(mask for mask in MASKS if name.startswith(mask))
+    for column, other in (("minus random", "random"), ("minus its mask", its_mask)):
+        difference = minus(found, key, other)
+        if difference:
+            row[column] = "{:+.1f} ± {:.1f}".format(*difference)
     if (patch_size, name) in times:
         time = times[patch_size, name]
         row["time"] = f"{time:.2f}"
@@ -413,12 +415,12 @@ def table(options):
     """Prints a small table for each number of patches, then every row there is, and draws the picture.
     Columns: time of a masked step; the share of removed patches that differ between two draws; mean and
     deviation of acc1 over seeds after the last masked epoch and after the whole one; the paired difference
-    to random with its standard error; acc1 when random's run ends."""
+    to random, and of a variant to the row of its mask, with standard errors; acc1 when random's run ends."""
     found = read_results()
     times = read_numbers(TIMES)
     shares = read_numbers(SHARES)
     columns = ["run", "rule", "seeds", "time", "two draws", "last but one", "last epoch",
-               "minus random", "at equal time"]
+               "minus random", "minus its mask", "at equal time"]
     for patch_size in PATCH_SIZES:
         keys = [newest(found, patch_size, name) for name in SMALL]
         rows = [cells(found, times, shares, key) for key in keys if key]
@@ -461,7 +463,7 @@ def lines_over_patches(found):
     curves = []
     sizes = np.array([num_patches(patch_size) for patch_size in PATCH_SIZES])
     for name, color in COLORS.items():
-        points = [minus_random(found, (patch_size, RULE, name)) for patch_size in PATCH_SIZES]
+        points = [minus(found, (patch_size, RULE, name), "random") for patch_size in PATCH_SIZES]
         if None not in points:
             mean, error = np.array(points).T
             curves.append((name, color, sizes, mean, error))
