@@ -295,15 +295,18 @@ def run(options):
 
 def time_rows(options):
     """Times 20 steps of each row that has a result, in turns, twice; keeps the medians, against `none` with
-    as many patches."""
+    as many patches. Other numbers of patches keep their times."""
     found = read_results()
     out = os.path.join(options.out, "time")
     times = {}
-    for patch_size in PATCH_SIZES:
+    if os.path.exists(TIMES):
+        with open(TIMES) as file:
+            times = json.load(file)
+    for patch_size in options.patch_size:
         patches = num_patches(patch_size)
         names = []
         for name in ROWS:
-            if name == "none" or found[patch_size, RULE, name] or found[patch_size, OLD_RULE, name]:
+            if name != "none, 5 epochs" and (name == "none" or newest(found, patch_size, name)):
                 names.append(name)
         speeds = defaultdict(list)
         for name in names * 2:
@@ -317,7 +320,7 @@ def time_rows(options):
             speeds[name] += [record["images_per_s"] for record in records[8:]]  # the first steps are slower
             print(f"{name}, {patches} patches: {np.median(speeds[name]):.0f} images/s", flush=True)
         none = np.median(speeds["none"])
-        times[patches] = {name: round(float(none / np.median(speeds[name])), 3) for name in names}
+        times[str(patches)] = {name: round(float(none / np.median(speeds[name])), 3) for name in names}
     with open(TIMES, "w") as file:
         json.dump(times, file, indent=1)
         file.write("\n")
@@ -393,8 +396,9 @@ def cells(found, times, shares, key):
         difference = minus(found, key, other)
         if difference:
             row[column] = "{:+.1f} ± {:.1f}".format(*difference)
-    if (patch_size, name) in times:
-        time = times[patch_size, name]
+    timed = name.removesuffix(", 5 epochs")
+    if (patch_size, timed) in times:
+        time = times[patch_size, timed]
         row["time"] = f"{time:.2f}"
         done = int((clock(name, time) <= end_of_random(times, patch_size)).sum())
         if done:
@@ -514,6 +518,7 @@ def main():
     command = commands.add_parser("time", help="time the rows that have a result")
     command.add_argument("data", help="folder that prepare wrote")
     command.add_argument("out", help="folder for the runs, each in its own")
+    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, help="of these alone")
     command.set_defaults(work=time_rows)
 
     command = commands.add_parser("table", help="print the tables, draw the picture")
