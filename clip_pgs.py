@@ -277,8 +277,8 @@ def sinkhorn(similarity):
 
 def pgs_score(similarity, candidates, transport=True):
     """(B, L): the similarity to the most similar candidate, balanced by optimal transport
-    (CLIP-PGS, selection). similarity (B, L, L), candidates (B, A). Without balance, one large area can take
-    all that goes."""
+    (CLIP-PGS, selection). similarity (B, L, L), candidates (B, A). Without balance, one large area
+    can take all that goes."""
     if transport:
         similarity = balance(similarity)
     rows = similarity.take_along_dim(candidates[..., None], dim=1)  # (B, A, L), the candidates' rows

@@ -58,7 +58,8 @@ def write_whole(path, suffix=".part"):
             os.fsync(file.fileno())
         os.replace(part, target)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
-        cause = getattr(error, "strerror", None) or f"is the disk full? torch says {str(error):.200}"
+        said = " ".join(str(error).split())  # torch may say it in several lines
+        cause = getattr(error, "strerror", None) or f"is the disk full? torch says: {said:.200}"
         raise OSError(f"{path}: could not be written ({cause}); one from before is untouched") from None
     finally:
         if os.path.exists(part):

@@ -1202,12 +1202,15 @@ def test_a_resumed_run_says_what_differs(train, tmp_path, capsys):
     train("--steps", 5, "--resume", out="new")
     assert f"no checkpoint in {tmp_path}/new: a new run" in capsys.readouterr().out
 
-@pytest.mark.parametrize("more", ["--init x.pt", "--vocab x.gz", "--vocab-size 520", "--contrast byol",
-                                  "--epochs 9"])
+@pytest.mark.parametrize("more", ["--init x.pt", "--vocab x.gz", "--vocab-size 520", "--contrast byol"])
 def test_what_cannot_take_effect_on_a_resumed_run_is_refused(train, more):
     train("--steps", 2)
     option = more.split()[0]
-    train(*more.split(), "--steps", 4, "--resume", fails=f"{option} .*: the run")
+    train(*more.split(), "--steps", 4, "--resume", fails=f"{option} .*: the run that goes on has .*, which")
+
+def test_epochs_cannot_take_effect_on_a_run_that_counts_steps(train):
+    train("--steps", 2)
+    train("--epochs", 9, "--resume", fails="--epochs 9: the run's --steps decides; pass --steps 0")
 
 def test_a_resumed_run_takes_a_new_weight_decay(train, out):
     train("--steps", 2)
@@ -1839,6 +1842,15 @@ def test_an_image_goes_to_the_nearest_mean_sentence_and_an_empty_class_has_no_re
     expected = {"acc1": np.mean(hits), "mean_per_class_recall": recall}
     assert metrics == pytest.approx(expected)
 
+def test_acc5_counts_a_true_class_among_the_five_best_of_six():
+    scores = torch.arange(6.0).repeat(3, 1)                             # class 0 is the worst of all
+    metrics = evaluate.classification_metrics(scores, torch.tensor([0, 1, 5]))
+    assert metrics["acc5"] == pytest.approx(2 / 3)
+
+def test_a_folder_without_acc5_does_not_count_in_its_average():
+    table = evaluate.table({"few": {"acc1": 0.5}, "many": {"acc1": 0.7, "acc5": 0.9}})
+    assert table.splitlines()[-1].split() == ["|", "average", "|", "60.00", "|", "90.00", "|"]
+
 def test_retrieval_finds_an_image_if_fewer_than_k_are_nearer_and_a_caption_if_any_of_its_own_is_found():
     owner = torch.arange(30).repeat_interleave(torch.arange(30) % 7 + 1)
     images = F.normalize(randn(30, 8), dim=-1)
@@ -1994,7 +2006,7 @@ def test_published_weights_are_read_with_clip_s_vocabulary_and_tell_their_size(t
     path = str(tmp_path / name)
     with pytest.raises(ValueError, match="--vocab bpe_simple_vocab_16e6.txt.gz"):
         evaluate.load(path)
-    assert ("need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
+    assert ("LAION-400M's ViT-B-32 need --quick-gelu" in capsys.readouterr().err) == (name != "openai.pt")
     model, _, found = evaluate.load(path, write_vocabulary(tmp_path / "vocab.gz"))
     config.quick_gelu = name == "openai.pt"
     assert found == config
