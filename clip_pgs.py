@@ -1590,8 +1590,10 @@ def start(arguments):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: this machine has {torch.cuda.device_count()} GPUs")
+        # All processes of a machine find this out: none waits for another.
+        processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.index + 1)
+        if processes > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {processes}: GPUs here: {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             config.precision = "fp32"  # an old card; the first line of the run says so
