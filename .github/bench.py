@@ -44,6 +44,11 @@ def markdown(rows):
     for line in lines:
         print("| " + " | ".join(map(str.rjust, line, widths)) + " |", flush=True)
 
+def find_device():
+    """A GPU, set up as clip_pgs.py does, or the CPU."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 def timed(device, work):
     """(seconds, result) of work(), all of it done on the device."""
     synchronize = torch.get_device_module(device).synchronize  # of a CPU: does nothing
@@ -139,19 +144,22 @@ def make_settings(base, names, device):
     """{name: Setting} of the rows `names`. They share one model: at learning rate 0 it stays as it
     is."""
     clip, *_ = clip_pgs.build(base, {}, device)
-    teacher = copy.deepcopy(clip.visual)
-    all_heads = clip_pgs.Heads(replace(base, contrast=A_CLIP["contrast"])).to(device)
-    of_clip = clip_pgs.make_optimizer(base, clip)
-    of_both = clip_pgs.make_optimizer(base, clip, all_heads)
+    configs = {name: replace(base, **ROWS[name]) for name in names}
+    teacher = None
+    contrast = ()
+    for config in configs.values():
+        contrast = contrast or config.contrast
+        if config.mask == "attentive" and teacher is None:
+            teacher = copy.deepcopy(clip.visual)
+    all_heads = clip_pgs.Heads(replace(base, contrast=contrast)).to(device)
+    optimizer = clip_pgs.make_optimizer(base, clip, all_heads)  # it passes heads without a gradient over
     settings = {}
-    for name in names:
-        config = replace(base, **ROWS[name])
+    for name, config in configs.items():
         torch.manual_seed(0)
         batch = made_up_batch(config)
         model = clip_pgs.TwoViews(clip) if config.views == 2 else clip
         ema = teacher if config.mask == "attentive" or config.contrast else None
         heads = all_heads if config.contrast else None
-        optimizer = of_both if config.contrast else of_clip
         noise = None
         if config.mask != "none":
             noise = clip_pgs.step_noise(config, 0, config.batch_size * config.views, device)
@@ -200,7 +208,7 @@ def count_flops(setting, device):
 def bench_step(options):
     """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU
     FLOP/s."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     on_gpu = device.type == "cuda"
     base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size,
                            lr=0.0, batch_size=options.batch_size or (512 if on_gpu else 16),
@@ -211,6 +219,7 @@ def bench_step(options):
     rounds = options.rounds or (20 if on_gpu else 3)
     warmup = 3 if on_gpu else 1
     seconds = {name: [] for name in names}
+    first = {}
     memory = {}
     kept = {}
     flops = {}
@@ -219,6 +228,7 @@ def bench_step(options):
         setting = settings[name]
         peak_memory(device)
         step, numbers = timed(device, lambda: run_step(setting))
+        first.setdefault(name, step)
         memory[name] = peak_memory(device)
         kept[name] = float(numbers["kept"])
         images, wholes = pixels_of(setting, device)
@@ -239,6 +249,8 @@ def bench_step(options):
         cells = {"mask": name, "kept": f"{kept[name]:.2f}", "images/s": f"{base.batch_size / step:.1f}",
                  "time": f"{step / none:.2f}", "papers": PAPERS.get(name, ""),
                  "in mask": f"{in_mask / step:.1%}", "GiB": f"{memory[name]:.1f}"}
+        if base.compile:
+            cells["first step, s"] = f"{first[name]:.0f}"
         if on_gpu:
             tflops = flops[name] / step / 1e12
             cells["TFLOP/s"] = f"{tflops:.0f}"
@@ -388,11 +400,11 @@ def in_turns(contestants, rounds):
             seconds[name].append(time.perf_counter() - start)
     return {name: np.median(times[1:]) for name, times in seconds.items()}  # the first round is warm-up
 
-def their_step(patch_dropout, weights=None):
+def their_step(device, precision, patch_dropout, weights=None):
     """A function that makes a training step of images and tokens as open_clip's main program does,
     and returns the loss. It starts from weights, if there are any."""
     import open_clip
-    model = open_clip.create_model("ViT-B-16", force_patch_dropout=patch_dropout)
+    model = open_clip.create_model("ViT-B-16", device=device, force_patch_dropout=patch_dropout)
     if weights:
         model.load_state_dict(weights)
     decayed = []
@@ -407,8 +419,11 @@ def their_step(patch_dropout, weights=None):
     loss_of = open_clip.ClipLoss()
 
     def step(images, tokens):
+        images = images.to(device, non_blocking=True)
+        tokens = tokens.to(device, non_blocking=True)
         optimizer.zero_grad()
-        loss = loss_of(*model(images, tokens))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(*model(images, tokens))
         loss.backward()
         optimizer.step()
         with torch.no_grad():
@@ -416,28 +431,28 @@ def their_step(patch_dropout, weights=None):
         return loss.item()
     return step
 
-def our_step(mask):
+def our_step(device, precision, mask):
     """(function, clip): the same with this project's training step, mask included, of pixels as
     bytes; and the model, which starts from new weights."""
-    config = clip_pgs.Config(mask=mask, lr=LR)
-    clip, model, optimizer, ema, _ = clip_pgs.build(config, {}, torch.device("cpu"))
+    config = clip_pgs.Config(mask=mask, lr=LR, precision=precision)
+    clip, model, optimizer, ema, _ = clip_pgs.build(config, {}, device)
 
     def step(pixels, tokens):
         B = len(tokens)
-        noise = None if mask == "none" else torch.rand(B, 2, 196)
+        noise = None if mask == "none" else torch.rand(B, 2, 196, device=device)
         decoded = torch.ones(B, dtype=torch.bool)
         batch = data.Batch(pixels, tokens, decoded, boxes=None, lost=[], fault="")
         numbers, _, _ = clip_pgs.train_step(config, clip, model, optimizer, batch, noise, PROGRESS, ema)
         return numbers["loss"].item()
     return step, clip
 
-def compare_losses(captions, batch_size=8, steps=6):
+def compare_losses(device, captions, batch_size=8, steps=6):
     """Prints how far our losses and open_clip's are apart, from the same weights on the same
-    batches."""
+    batches, in float32."""
     import open_clip
     tokenizer = open_clip.get_tokenizer("ViT-B-16")
-    ours, clip = our_step("none")
-    theirs = their_step(0.0, clip.state_dict())
+    ours, clip = our_step(device, "fp32", "none")
+    theirs = their_step(device, "fp32", 0.0, clip.state_dict())
     losses = []
     differences = []
     for number in range(steps):
@@ -450,25 +465,32 @@ def compare_losses(captions, batch_size=8, steps=6):
           f"{max(losses):.3f}, they differ from open_clip's by {max(differences):.1e} at most")
 
 def compare_steps(options):
-    """Prints our images/s, open_clip's and their ratio for a training step of ViT-B/16 in float32,
-    on random pixels and real captions; then how far the losses are apart."""
+    """Prints how far our losses and open_clip's are apart; then our images/s, open_clip's and their
+    ratio for a training step of ViT-B/16 on random pixels and real captions: in bf16 on a GPU."""
     import open_clip
+    device = find_device()
+    on_gpu = device.type == "cuda"
+    precision = "bf16" if on_gpu else "fp32"
+    torch.backends.cudnn.benchmark = True  # as open_clip's main program has it
     index, _ = data.build_index([options.shard])
     captions = [data.read_captions(options.shard, row)[0] for row in index]
-    B = options.batch_size or 16
+    B = options.batch_size or (512 if on_gpu else 16)
+    captions = captions * math.ceil(B / len(captions))
     tokens = open_clip.get_tokenizer("ViT-B-16")(captions[:B])
     pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
     images = data.normalize(pixels)
-    compare_losses(captions)
+    if on_gpu:  # as the loaders of both do
+        tokens, pixels, images = tokens.pin_memory(), pixels.pin_memory(), images.pin_memory()
+    compare_losses(device, captions)
     contestants = {}
     against = {"none": "open_clip", "random": "open_clip, patch dropout 0.5",
                "pgs": "open_clip, patch dropout 0.5"}
     for name, patch_dropout in (("open_clip", 0.0), ("open_clip, patch dropout 0.5", 0.5)):
-        contestants[name] = partial(their_step(patch_dropout), images, tokens)
+        contestants[name] = partial(their_step(device, precision, patch_dropout), images, tokens)
     for mask in against:
-        step, _ = our_step(mask)
+        step, _ = our_step(device, precision, mask)
         contestants[mask] = partial(step, pixels, tokens)
-    seconds = in_turns(contestants, options.rounds or 5)
+    seconds = in_turns(contestants, options.rounds or (20 if on_gpu else 5))
     for mask, name in against.items():
         print(f"{mask}: {B / seconds[mask]:.2f} images/s, {name}: {B / seconds[name]:.2f} images/s, "
               f"{seconds[name] / seconds[mask]:.2f} x")
