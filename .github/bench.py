@@ -45,7 +45,7 @@ def markdown(rows):
         print("| " + " | ".join(map(str.rjust, line, widths)) + " |", flush=True)
 
 def find_device():
-    """A GPU, set up as clip_pgs.py does, or the CPU."""
+    """A GPU if there is one, else the CPU. Switches cuDNN's attention off, as clip_pgs.py does."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -141,18 +141,16 @@ def made_up_batch(config):
     return data.Batch(images, tokens, decoded, boxes, lost=[], fault="")
 
 def make_settings(base, names, device):
-    """{name: Setting} of the rows `names`. They share one model: at learning rate 0 it stays as it
-    is."""
+    """{name: Setting} of the rows `names`. They share one model, teacher, heads and optimizer: at
+    learning rate 0 these stay as they are. A teacher and heads are made if a row needs them."""
     clip, *_ = clip_pgs.build(base, {}, device)
     configs = {name: replace(base, **ROWS[name]) for name in names}
     teacher = None
-    contrast = ()
-    for config in configs.values():
-        contrast = contrast or config.contrast
-        if config.mask == "attentive" and teacher is None:
-            teacher = copy.deepcopy(clip.visual)
+    if any(config.mask == "attentive" for config in configs.values()):
+        teacher = copy.deepcopy(clip.visual)
+    contrast = max((config.contrast for config in configs.values()), key=len)
     all_heads = clip_pgs.Heads(replace(base, contrast=contrast)).to(device)
-    optimizer = clip_pgs.make_optimizer(base, clip, all_heads)  # it passes heads without a gradient over
+    optimizer = clip_pgs.make_optimizer(base, clip, all_heads)  # AdamW skips heads whose gradient is None
     settings = {}
     for name, config in configs.items():
         torch.manual_seed(0)
@@ -177,7 +175,8 @@ def run_step(setting):
     return numbers
 
 def pixels_of(setting, device):
-    """What a step has on the device: images (B, 3, H, W), None; or views (2B, 3, H, W), wholes (B, 3, H, W)."""
+    """What a step has on the device: images (B, 3, H, W), None; or views (2B, 3, H, W) and the pictures
+    around them (B, 3, H, W)."""
     images = data.normalize(setting.batch.images.to(device))
     if setting.config.views == 1:
         return images, None
@@ -206,8 +205,8 @@ def count_flops(setting, device):
     return 3 * counter.get_total_flops()
 
 def bench_step(options):
-    """Prints a row per setting: images/s, time against `none`, the mask's share, memory, on a GPU
-    FLOP/s."""
+    """Prints a row per setting: images/s, time against `none`, the mask's share, memory; on a GPU
+    FLOP/s and MFU, their share of the card's; with --compile the first step, which compiles."""
     device = find_device()
     on_gpu = device.type == "cuda"
     base = clip_pgs.Config(model=options.model, image_size=options.image_size, patch_size=options.patch_size,
@@ -391,7 +390,8 @@ def bench_masks(options):
 LR = 5e-4  # open_clip's, for both
 
 def in_turns(contestants, rounds):
-    """{name: median seconds} of functions called one after the other, again and again."""
+    """{name: median seconds} of functions called one after the other, again and again. They wait
+    for the GPU themselves, by loss.item()."""
     seconds = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, work in contestants.items():
@@ -471,15 +471,17 @@ def compare_steps(options):
     device = find_device()
     on_gpu = device.type == "cuda"
     precision = "bf16" if on_gpu else "fp32"
-    torch.backends.cudnn.benchmark = True  # as open_clip's main program has it
+    # Neither of the two has its own settings here: open_clip would use cuDNN's attention and TF32,
+    # we would not search for the fastest convolution.
+    torch.backends.cudnn.benchmark = True
     index, _ = data.build_index([options.shard])
     captions = [data.read_captions(options.shard, row)[0] for row in index]
     B = options.batch_size or (512 if on_gpu else 16)
-    captions = captions * math.ceil(B / len(captions))
+    captions = captions * math.ceil(B / len(captions))  # a shard may hold fewer than a batch
     tokens = open_clip.get_tokenizer("ViT-B-16")(captions[:B])
     pixels = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8)
     images = data.normalize(pixels)
-    if on_gpu:  # as the loaders of both do
+    if on_gpu:  # as our loader does; open_clip's loader of shards does not
         tokens, pixels, images = tokens.pin_memory(), pixels.pin_memory(), images.pin_memory()
     compare_losses(device, captions)
     contestants = {}

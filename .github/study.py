@@ -129,8 +129,11 @@ GRID = [
     *by_seed(4, ["none, 4 epochs"], range(3)),
     *by_seed(4, ["center", "cluster", "attentive"], range(2)),
     *by_seed(4, ["pgs --no-transport", "pgs, ratio 0.3 0.5"], range(2)),
-    # These ran on a GPU. Their seed is a new one, so no paired difference mixes two kinds of device.
-    *by_seed(4, [*MASKS, "none, 4 epochs", "pgs --no-edges", "pgs --no-transport", "pgs, ratio 0.3 0.5"], [3]),
+    # Seeds 3 and 4 ran on a GPU (run --seeds 3 4 --workers 2), with 256 patches. A difference is taken
+    # within a seed, so within one kind of device.
+    *by_seed(4, [*MASKS, "none, 4 epochs", "pgs --no-edges"], [3]),
+    *by_seed(4, ["pgs --no-transport", "pgs, ratio 0.3 0.5"], [3]),
+    *by_seed(4, ["random", "none, 4 epochs"], [4]),
 ]
 
 # -----------------------------------------------------------------------------
@@ -223,7 +226,8 @@ def read_results():
 def command_line(options, patch_size, name, out, *more):
     """The command of a row of the grid."""
     return [sys.executable, "clip_pgs.py", "--data", f"{options.data}/train/*.tar", *COMMON.split(),
-            "--workers", str(options.workers), "--patch-size", str(patch_size), *ROWS[name].split(), "--out", out, *more]
+            "--workers", str(options.workers), "--patch-size", str(patch_size), *ROWS[name].split(),
+            "--out", out, *more]
 
 
 def start(command):
@@ -302,8 +306,9 @@ def run(options):
 
 
 def time_rows(options):
-    """Times 20 steps of each row that has a result, in turns, twice; keeps the medians, against `none` with
-    as many patches. Other numbers of patches keep their times."""
+    """Times 20 steps of each row that has a result, in turns, twice, on the CPU; keeps the medians, against
+    `none` with as many patches. Other numbers of patches keep their times."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = read_results()
     out = os.path.join(options.out, "time")
     times = {}
@@ -521,8 +526,8 @@ def main():
     command.add_argument("data", help="folder that prepare wrote")
     command.add_argument("out", help="folder for the runs, each in its own")
     command.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    command.add_argument("--workers", type=int, default=0, help="of each run; on a GPU 1 is faster (default: 0)")
-    command.add_argument("--seeds", type=int, nargs="+", help="these alone")
+    command.add_argument("--workers", type=int, default=0, help="data workers of each run (default: 0)")
+    command.add_argument("--seeds", type=int, nargs="+", help="run only these seeds of the grid")
     command.set_defaults(work=run)
 
     command = commands.add_parser("time", help="time the rows that have a result")
