@@ -128,7 +128,7 @@ GRID = [
     *by_row(8, VARIANTS, range(3)),
     *by_seed(4, ["none, 4 epochs"], range(3)),
     *by_seed(4, ["center", "cluster", "attentive"], range(2)),
-    *by_seed(4, ["pgs --no-transport", "pgs, ratio 0.3 0.5"], range(2)),
+    *by_row(4, ["pgs --no-transport", "pgs, ratio 0.3 0.5"], range(2)),
     # Seeds 3 and 4 ran on a GPU (run --seeds 3 4 --workers 2), with 256 patches. A difference is taken
     # within a seed, so within one kind of device.
     *by_seed(4, [*MASKS, "none, 4 epochs", "pgs --no-edges"], [3]),
