@@ -57,7 +57,7 @@ ROWS = {
     "cluster": "--mask cluster",
     "pgs": "--mask pgs",
     "none": "--mask none",
-    "none, 5 epochs": "--mask none --epochs 5",  # these two take as long as random: with 64 patches
+    "none, 5 epochs": "--mask none --epochs 5",  # whole epochs in random's time: with 64 patches
     "none, 4 epochs": "--mask none --epochs 4",  # and with 256
     "pgs --no-transport": "--mask pgs --no-transport",
     "pgs --no-edges": "--mask pgs --no-edges",
