@@ -1269,13 +1269,13 @@ def test_a_rank_that_fails_alone_brings_the_run_down_with_its_message(tmp_path):
     assert run.returncode == 1
     assert f"error: {tmp_path}/ckpt.pt: " in run.stderr
 
-@pytest.mark.parametrize("local_rank", ["0", "1"])
-def test_each_of_too_many_processes_for_the_gpus_says_so(monkeypatch, local_rank):
-    """One that waited for the others would wait until torchrun kills it."""
+@pytest.mark.parametrize("name, value", [("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")])
+def test_each_of_too_many_processes_for_the_gpus_says_so(monkeypatch, name, value):
+    """Rank 0 knows it from torchrun's LOCAL_WORLD_SIZE: it would wait for the others until torchrun
+    kills it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv(name, value)
     command("--model", "demo", fails="--nproc_per_node 2: [^\n]*GPUs here: 1")
 
 @pytest.mark.parametrize("arguments, says", [
