@@ -5,10 +5,17 @@
     python .github/study.py time tiny runs                     what a step of each row costs
     python .github/study.py table                              the tables of the README, and .github/study.png
 
+With seven times the data, in a file of results of its own:
+
+    python .github/study.py prepare --classes 200 tiny-imagenet-200/ tiny200
+    python .github/study.py run tiny200 runs200 --results .github/study200.jsonl --rows random pgs none \\
+        --patch-size 8 --seeds 0 1
+    python .github/study.py table --results .github/study200.jsonl
+
 The grid has two axes: what a run does (a row of the tables) and how many patches its images have: 64 of 8x8
 pixels or 256 of 4x4. Each run is an ordinary command line of clip_pgs.py, which is printed. A run that was
-killed goes on where it was. What came out of a run is kept as a line of .github/study.jsonl, from which the
-tables are made.
+killed goes on where it was. What came out of a run is kept as a line of a file, from which the tables are
+made.
 """
 import argparse
 import json
@@ -40,7 +47,6 @@ TIMES = ".github/study_time.json"
 # rows named as in ROWS, such as {"64": {"random": 0.5}, "256": {}}. `bench.py masks` measures it; a row or
 # a number that is missing leaves its cell empty.
 SHARES = ".github/study_masks.json"
-PICTURE = ".github/study.png"
 
 # -----------------------------------------------------------------------------
 # The grid: which command lines, at how many patches, with how many seeds.
@@ -204,18 +210,18 @@ def prepare(options):
 # -----------------------------------------------------------------------------
 # The runs.
 
-def read_results():
-    """{(patch size, rule, row): {seed: acc1 in percent after each epoch}} of study.jsonl. The rule of runs
-    without a mask is always RULE."""
+def read_results(path):
+    """{(patch size, rule, row): {seed: acc1 in percent after each epoch}} of a file of results. The rule of
+    runs without a mask is always RULE."""
     found = defaultdict(dict)
-    if not os.path.exists(RESULTS):
+    if not os.path.exists(path):
         return found
-    with open(RESULTS, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 result = json.loads(line)
             except ValueError:  # cut short when the machine stopped: the run is asked again
-                print(f"warning: {RESULTS}, line {number}: damaged, left out", file=sys.stderr)
+                print(f"warning: {path}, line {number}: damaged, left out", file=sys.stderr)
                 continue
             name = result["name"]
             rule = RULE if unmasked(name) else result["rule"]
@@ -237,8 +243,8 @@ def start(command):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def keep(patch_size, name, seed, folder):
-    """Adds what a finished run has logged to study.jsonl. ValueError if that is not a result per epoch."""
+def keep(path, patch_size, name, seed, folder):
+    """Adds what a finished run has logged to a file of results. ValueError if it has not one per epoch."""
     records = evaluate.read_log(os.path.join(folder, "log.jsonl"))
     evaluations = [record["eval"] for record in records if "eval" in record]
     metrics = [next(iter(folders.values())) for folders in evaluations]  # of the one folder in --val
@@ -247,7 +253,7 @@ def keep(patch_size, name, seed, folder):
         raise ValueError(f"{folder}/log.jsonl: acc1 of {len(accuracy)} epochs, expected {num_epochs(name)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = dict(name=name, patch_size=patch_size, rule=RULE, seed=seed, device=device, acc1=accuracy)
-    with open(RESULTS, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
 
 
@@ -272,7 +278,7 @@ def run_cell(options, cell, running):
         if process.returncode:
             lines = errors.strip().splitlines() or ["no message"]
             return f"{title}: status {process.returncode}, {lines[-1]}"
-        keep(patch_size, name, seed, folder)
+        keep(options.results, patch_size, name, seed, folder)
     except Exception as error:  # of this run alone: the others go on
         return f"{title}: {error!r}"
 
@@ -280,12 +286,13 @@ def run_cell(options, cell, running):
 def run(options):
     """Runs what is missing of the grid, `jobs` runs at a time. Ctrl-C or SIGTERM lets the runs write their
     checkpoints; the same command then goes on."""
-    found = read_results()
-    missing = []
-    for patch_size, name, seed in GRID:
-        if seed in (options.seeds or (seed,)) and seed not in found[patch_size, RULE, name]:
-            missing.append((patch_size, name, seed))
-    print(f"{len(missing)} of {len(GRID)} runs to do", flush=True)
+    found = read_results(options.results)
+    asked = [(patch_size, name, seed) for patch_size, name, seed in GRID
+             if patch_size in options.patch_size and name in options.rows
+             and seed in (options.seeds or (seed,))]
+    missing = [(patch_size, name, seed) for patch_size, name, seed in asked
+               if seed not in found[patch_size, RULE, name]]
+    print(f"{len(missing)} of {len(asked)} runs to do", flush=True)
 
     def stop(number, frame):
         signal.signal(number, signal.SIG_IGN)  # once is enough: the runs are about to stop
@@ -309,7 +316,7 @@ def time_rows(options):
     """Times 20 steps of each row that has a result, in turns, twice, on the CPU; keeps the medians, against
     `none` with as many patches. Other numbers of patches keep their times."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    found = read_results()
+    found = read_results(RESULTS)
     out = os.path.join(options.out, "time")
     times = {}
     if os.path.exists(TIMES):
@@ -433,7 +440,7 @@ def table(options):
     Columns: time of a masked step; the share of removed patches that differ between two draws; mean and
     deviation of acc1 over seeds after the last masked epoch and after the whole one; the paired difference
     to random, and of a variant to the row of its mask, with standard errors; acc1 when random's run ends."""
-    found = read_results()
+    found = read_results(options.results)
     times = read_numbers(TIMES)
     shares = read_numbers(SHARES)
     columns = ["run", "rule", "seeds", "time", "two draws", "last but one", "last epoch",
@@ -458,7 +465,7 @@ def table(options):
     ends = [f"{end_of_random(times, size):.1f} epochs of none with {num_patches(size)} patches"
             for size in PATCH_SIZES if (size, "random") in times]
     print(f"At equal time: when random's run ends, after {', '.join(ends)}; in brackets the epoch.")
-    draw(found)
+    draw(found, os.path.splitext(options.results)[0] + ".png")
 
 
 def curves_over_epochs(found):
@@ -487,8 +494,8 @@ def lines_over_patches(found):
     return curves
 
 
-def draw(found):
-    """Writes study.png: acc1 over epochs and, when there are results of it, minus random over patches."""
+def draw(found, path):
+    """Draws acc1 over epochs and, when there are results of it, minus random over patches."""
     panels = {
         "acc1, %, 64 patches, over epochs, the last one on whole images": curves_over_epochs(found),
         "acc1 minus random after the last epoch, over the number of patches": lines_over_patches(found),
@@ -507,7 +514,7 @@ def draw(found):
             back = list(zip(across(x), down(y - width)))[::-1]  # and back along the other
             canvas.polygon(there + back, color + "38")
             canvas.text((left + 50, 320 + 16 * row), text, color, font_size=12)
-    image.save(PICTURE)
+    image.save(path)
 
 
 def main():
@@ -527,7 +534,10 @@ def main():
     command.add_argument("out", help="folder for the runs, each in its own")
     command.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     command.add_argument("--workers", type=int, default=0, help="data workers of each run (default: 0)")
-    command.add_argument("--seeds", type=int, nargs="+", help="run only these seeds of the grid")
+    command.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW", help="run only these")
+    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, help="run only these")
+    command.add_argument("--seeds", type=int, nargs="+", help="run only these")
+    command.add_argument("--results", default=RESULTS, help=f"file that is added to (default: {RESULTS})")
     command.set_defaults(work=run)
 
     command = commands.add_parser("time", help="time the rows that have a result")
@@ -536,7 +546,8 @@ def main():
     command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, help="of these alone")
     command.set_defaults(work=time_rows, workers=0)
 
-    command = commands.add_parser("table", help="print the tables, draw the picture")
+    command = commands.add_parser("table", help="print the tables, draw the picture beside the results")
+    command.add_argument("--results", default=RESULTS, help=f"file to read (default: {RESULTS})")
     command.set_defaults(work=table)
 
     options = parser.parse_args()
