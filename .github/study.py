@@ -8,8 +8,8 @@
 With seven times the data, in a file of results of its own:
 
     python .github/study.py prepare --classes 200 tiny-imagenet-200/ tiny200
-    python .github/study.py run tiny200 runs200 --results .github/study200.jsonl --rows random pgs none \\
-        --patch-size 8 --seeds 0 1
+    python .github/study.py run tiny200 runs200 --results .github/study200.jsonl --patch-size 8 --seeds 0 1 \\
+        --rows random pgs "none, 5 epochs"
     python .github/study.py table --results .github/study200.jsonl
 
 The grid has two axes: what a run does (a row of the tables) and how many patches its images have: 64 of 8x8
