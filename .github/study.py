@@ -14,8 +14,8 @@ With seven times the data, in a file of results of its own:
 
 The grid has two axes: what a run does (a row of the tables) and how many patches its images have: 64 of 8x8
 pixels or 256 of 4x4. Each run is an ordinary command line of clip_pgs.py, which is printed. A run that was
-killed goes on where it was. What came out of a run is kept as a line of a file, from which the tables are
-made.
+killed goes on where it was. What came out of a run is kept as a line of a file, by default
+.github/study.jsonl; the tables are made from that file.
 """
 import argparse
 import json
@@ -244,7 +244,7 @@ def start(command):
 
 
 def keep(path, patch_size, name, seed, folder):
-    """Adds what a finished run has logged to a file of results. ValueError if it has not one per epoch."""
+    """Adds a finished run to a file of results. ValueError if its log does not hold acc1 of every epoch."""
     records = evaluate.read_log(os.path.join(folder, "log.jsonl"))
     evaluations = [record["eval"] for record in records if "eval" in record]
     metrics = [next(iter(folders.values())) for folders in evaluations]  # of the one folder in --val
@@ -534,16 +534,20 @@ def main():
     command.add_argument("out", help="folder for the runs, each in its own")
     command.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     command.add_argument("--workers", type=int, default=0, help="data workers of each run (default: 0)")
-    command.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW", help="run only these")
-    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, help="run only these")
-    command.add_argument("--seeds", type=int, nargs="+", help="run only these")
-    command.add_argument("--results", default=RESULTS, help=f"file that is added to (default: {RESULTS})")
+    command.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="ROW",
+                         help="run only these rows of the grid, such as random pgs (default: all)")
+    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, choices=PATCH_SIZES,
+                         help="run only these sizes (default: both)")
+    command.add_argument("--seeds", type=int, nargs="+", help="run only these seeds (default: all)")
+    command.add_argument("--results", default=RESULTS,
+                         help=f"file that keeps the results, a line for each run (default: {RESULTS})")
     command.set_defaults(work=run)
 
     command = commands.add_parser("time", help="time the rows that have a result")
     command.add_argument("data", help="folder that prepare wrote")
     command.add_argument("out", help="folder for the runs, each in its own")
-    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, help="of these alone")
+    command.add_argument("--patch-size", type=int, nargs="+", default=PATCH_SIZES, choices=PATCH_SIZES,
+                         help="time only these sizes (default: both)")
     command.set_defaults(work=time_rows, workers=0)
 
     command = commands.add_parser("table", help="print the tables, draw the picture beside the results")
